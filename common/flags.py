@@ -1,0 +1,208 @@
+"""The command line: shared flags, one flag for each Recipe field, settings from a checkpoint."""
+
+import argparse
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+
+from common import InputError
+from common.datasets import DEFAULTS
+
+# With the recipe, what a resumed run cannot change.
+_FIXED = ("dataset", "labeled", "labeled_list", "split_seed", "seed", "supervised", "weights")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = None):
+    """(recipe, args) of a command line: a preset or a checkpoint's settings, then the flags given.
+
+    args.checkpoint is what --resume, --evaluate or --predict read, or None; args.method is method.
+    """
+    parser = _parser(method, doc, recipes)
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    parser.set_defaults(**dict.fromkeys(defaults, unset))
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not unset}
+    source = given.get("evaluate") or given.get("predict", [None])[0] or given.get("resume")
+    recipe, args = _settle(defaults, given, recipes, None)
+    args.method = method
+    folder = args.output_dir or default_folder(recipe, args, recipes)
+    if source == "auto":
+        source = _newest(folder)
+    args.checkpoint = None
+    if source is not None:
+        checkpoint = read_checkpoint(Path(source), method)
+        recipe, args = _settle(defaults, given, recipes, checkpoint)
+        args.method, args.checkpoint = method, checkpoint
+        folder = args.output_dir or str(Path(source).parent)
+    args.output_dir_given = args.output_dir is not None
+    args.output_dir = folder
+    args.split_seed = args.seed if args.split_seed is None else args.split_seed
+    args.device = _device(args.device)
+    cuda = args.device.type == "cuda"
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    args.compile = cuda if args.compile is None else args.compile
+    if args.workers is None:
+        args.workers = 0 if args.dataset == "streets" else min(8, os.cpu_count() or 1)
+    return recipe, args
+
+
+def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
+    description = doc.strip().split("\n\n")[0]
+    parser = _Parser(prog=f"{method}.py", description=description, allow_abbrev=False)
+    add, natural, positive = parser.add_argument, _at_least(0, int), _at_least(1, int)
+    add("--dataset", choices=list(recipes), default="streets", help="default: streets")
+    add("--data-dir", help="default: data/<dataset>")
+    add("--labeled", help="how many labeled images: a count, or a fraction as 0.125 or 1/8")
+    add("--labeled-list", metavar="FILE", help="names of the labeled images, one a line")
+    add("--split-seed", type=natural, metavar="N", help="of the labeled subset; default: --seed")
+    add("--supervised", action="store_true", help="the baseline: the same, no unlabeled data")
+    add("--weights", help="imagenet, none or a file")
+    add("--seed", type=natural, default=0, metavar="N", help="of weights, batches and masks")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, fp32 on CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
+    add("--workers", type=natural, metavar="N", help="loader processes")
+    add("--output-dir", help="default: runs/<method>_<dataset>_<labeled>_s<seed>...")
+    add("--resume", metavar="CKPT|auto", help="go on from a last.pt; auto: from the newest, if any")
+    add("--eval-every", type=positive, metavar="STEPS", help="default: an eighth of the run")
+    add("--save-every", type=positive, metavar="STEPS", help="default: a fortieth of the run")
+    add("--evaluate", metavar="CKPT", help="print the IoU of student and teacher, do not train")
+    add("--full-resolution", action="store_true", help="score at the labels' own size")
+    add("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, do not train")
+    add("--out", default="predictions", help="folder of the labeled pictures")
+    group = parser.add_argument_group("recipe")
+    recipe_class = type(next(iter(recipes.values())))
+    comments = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(recipe_class), re.M)
+    for field in fields(recipe_class):
+        values = {name: getattr(recipe, field.name) for name, recipe in recipes.items()}
+        presets = "; ".join(
+            f"{', '.join(name for name in values if values[name] == value)}: {value}"
+            for value in dict.fromkeys(values.values())
+        )
+        text = f"{dict(comments).get(field.name, '')} [{presets}]".replace("%", "%%")
+        options = _options(field.type, zero=0 in values.values())
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def _options(kind, *, zero: bool) -> dict:
+    """add_argument's options for a field's type; an int may be 0 where a preset has 0."""
+    options = {}
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        kind, *rest = typing.get_args(kind)
+        options = {"nargs": "+" if rest == [...] else 1 + len(rest), "action": _StoreTuple}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    return {**options, "type": _at_least(0 if zero or kind is float else 1, kind)}
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _at_least(minimum: int, kind: type) -> Callable[[str], int | float]:
+    def number(text: str):
+        if not minimum <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} on")
+        return kind(text)
+
+    return number
+
+
+def _settle(defaults: dict, given: dict, recipes: dict, checkpoint: dict | None):
+    """Defaults and preset, or the checkpoint's settings, overridden by what was given."""
+    args = {**defaults, "dataset": given.get("dataset", defaults["dataset"])}
+    if checkpoint is None:
+        args.update(DEFAULTS[args["dataset"]])
+        recipe = recipes[args["dataset"]]
+    else:
+        args.update(checkpoint["args"])
+        try:
+            recipe = type(next(iter(recipes.values())))(**checkpoint["recipe"])
+        except TypeError as error:
+            raise InputError(f"checkpoint of another version of this file: {error}") from error
+    if checkpoint is not None and "resume" in given:
+        settings = {**args, **asdict(recipe)}
+        for name in (*_FIXED, *asdict(recipe)):
+            if name in given and given[name] != settings[name]:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: the run to resume has {settings[name]}, "
+                    f"not {given[name]}; leave the flag out, or start a new run"
+                )
+    changes = {name: value for name, value in given.items() if hasattr(recipe, name)}
+    args.update({name: value for name, value in given.items() if name not in changes})
+    return replace(recipe, **changes), argparse.Namespace(**args)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: no such kind of device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: there is no CUDA device here")
+    return device
+
+
+def default_folder(recipe, args: argparse.Namespace, recipes: dict) -> str:
+    """runs/<method>_<dataset>_<labeled>_s<seed> and what differs from the recipe."""
+    labeled = Path(args.labeled_list).stem if args.labeled_list else args.labeled.replace("/", "-")
+    parts = [args.method, args.dataset, labeled, f"s{args.seed}"]
+    parts += [] if args.split_seed in (None, args.seed) else [f"split{args.split_seed}"]
+    usual = DEFAULTS[args.dataset]["weights"]
+    parts += [] if args.weights == usual else [f"weights-{Path(args.weights).stem}"]
+    parts += ["supervised"] * args.supervised
+    for name, value in asdict(recipe).items():
+        if value != getattr(recipes[args.dataset], name):
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else value
+            parts.append(f"{name.replace('_', '-')}-{text}")
+    return str(Path("runs") / "_".join(parts))
+
+
+def numbered(folder: str) -> typing.Iterator[Path]:
+    """FOLDER, FOLDER-2, FOLDER-3, ..."""
+    yield Path(folder)
+    yield from (Path(f"{folder}-{k}") for k in range(2, 10_000))
+
+
+def _newest(folder: str) -> Path | None:
+    """last.pt in the last of FOLDER, FOLDER-2, ... that has one."""
+    newest = None
+    for candidate in numbered(folder):
+        if not candidate.exists():
+            return newest
+        newest = candidate / "last.pt" if (candidate / "last.pt").exists() else newest
+
+
+def read_checkpoint(path: Path, method: str) -> dict:
+    """A last.pt of this method, on the CPU; InputError for anything else."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly any type on a foreign file
+        raise InputError(f"{path}: not a checkpoint, or a damaged one") from error
+    if not isinstance(checkpoint, dict) or not {"method", "recipe", "state"} <= set(checkpoint):
+        raise InputError(f"{path}: not a checkpoint of this repository (weights go to --weights)")
+    if checkpoint["method"] != method:
+        raise InputError(f"{path}: a checkpoint of {checkpoint['method']}, not of {method}")
+    return checkpoint

@@ -1,0 +1,413 @@
+"""What surrounds a training loop: folder, log, checkpoints, signals, and the other commands.
+
+A method file calls main(), which hands its train() a recipe and the flags; train() makes a Run
+around its networks and goes through steps().
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import InputError
+from common.datasets import Data, endless, open_dataset
+from common.deeplab import Loaded
+from common.evaluation import evaluate, iou_table, predict, save_prediction, save_samples
+from common.flags import numbered, parse_args
+
+
+def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable) -> None:
+    """Run one command of a method file: train, or --evaluate or --predict with a checkpoint.
+
+    network(recipe, num_classes, pretrained) builds what train(recipe, args) trains. A user's
+    mistake ends in one line on stderr and status 2.
+    """
+    try:
+        recipe, args = parse_args(method, doc, recipes)
+        if args.evaluate:
+            _evaluate_checkpoint(recipe, args, network)
+        elif args.predict:
+            _predict_pictures(recipe, args, network)
+        else:
+            train(recipe, args)
+    except InputError as error:
+        # A loader process wraps the message in a traceback, whose last line it is.
+        line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
+        print(f"{method}.py: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+class Run:
+    """Folder, log, checkpoints and clock of one training run; the loop stays the caller's.
+
+    split holds the indices of the labeled and of the unlabeled images; state what a checkpoint
+    keeps: student, teacher, optimizer and schedule. With args.checkpoint they go on from there.
+    headline names the network that the paper reports, "student" or "teacher".
+    """
+
+    def __init__(
+        self,
+        recipe,
+        args: argparse.Namespace,
+        data: Data,
+        split: tuple[list[int], list[int]],
+        state: dict,
+        *,
+        weights: Loaded,
+        headline: str,
+    ):
+        self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
+        self.headline = headline
+        self.names = [data.train.names[index] for index in split[0]]
+        self.start, self.seconds, self.miou = 0, 0.0, None
+        self.means: dict[str, tuple[Tensor, int]] = {}
+        if args.checkpoint is not None:
+            self._restore(args.checkpoint)
+        self.iteration, self.began, self.signal = self.start, self.seconds, None
+        self.folder = self._make_folder()
+        length = recipe.iterations
+        self.log_every = max(10, min(100, length // 50))
+        self.eval_every = args.eval_every or max(1, length // 8)
+        self.save_every = args.save_every or max(1, length // 40)
+        if args.compile:
+            state["student"].compile()
+            state["teacher"].compile()
+        torch.backends.cudnn.benchmark = True
+        self._announce(weights)
+
+    def batches(self, batch_size: int, transform: Callable, *, warmup: int) -> list[Iterator]:
+        """Endless labeled and unlabeled batches; the latter start after warmup steps."""
+        args = self.args
+        return [
+            endless(
+                self.data.train,
+                indices,
+                batch_size,
+                transform,
+                seed=args.seed,
+                stream=stream,
+                start=max(self.start, warmup * stream),
+                workers=args.workers,
+                device=args.device,
+            )
+            for stream, indices in enumerate(self.split)
+        ]
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where --precision says so."""
+        enabled = self.args.precision == "bf16"
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=enabled)
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Host randomness of this step; depends only on seed, step and purpose."""
+        return np.random.default_rng((self.args.seed, self.iteration, zlib.crc32(purpose.encode())))
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """The same on the device."""
+        seed = int(self.rng(purpose).integers(2**63))
+        return torch.Generator(self.args.device).manual_seed(seed)
+
+    def steps(self) -> Iterator[int]:
+        """The iterations left. Between them: progress line, checkpoint, leaving on a signal."""
+        last = self.recipe.iterations
+        if self.start >= last:
+            print(f"finished already: {self.folder / 'result.json'}")
+            return
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.clock = time.perf_counter()
+        while self.iteration < last:
+            yield self.iteration
+            done = self.iteration + 1
+            if done % self.log_every == 0:
+                self._progress(done)
+            if done % self.save_every == 0 or done == last or self.signal:
+                self._save(done)
+            if self.signal and done < last:
+                print(
+                    f"stopped by {signal.Signals(self.signal).name} after iteration {done}; go on "
+                    f"with python {self.args.method}.py --resume {self.folder / 'last.pt'}",
+                    file=sys.stderr,
+                )
+                sys.exit(128 + self.signal)
+            self.iteration = done
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def log(self, **values: Tensor) -> None:
+        """Add scalars of this step to the means of the next progress line; waits for nothing."""
+        for name, value in values.items():
+            total, count = self.means.get(name, (0, 0))
+            self.means[name] = (total + value.detach().float(), count + 1)
+
+    def evaluation_due(self) -> bool:
+        """Whether to evaluate after this step; after the last one always."""
+        done = self.iteration + 1
+        return done % self.eval_every == 0 or done == self.recipe.iterations
+
+    def evaluate(self, samples: dict[str, Tensor]) -> None:
+        """Score both networks on the validation set, write samples (see save_samples)."""
+        done, last = self.iteration + 1, self.recipe.iterations
+        self._progress(done)
+        networks = {name: self.state[name] for name in ("student", "teacher")}
+        scores = _score(networks, self.data.val, self.data.num_classes, self.args, self.autocast)
+        self.miou = scores[self.headline]["miou"]
+        self._append({"iteration": done, **scores})
+        text = ", ".join(f"{name} {100 * score['miou']:.2f}%" for name, score in scores.items())
+        print(f"[{done}/{last}] mIoU on {len(self.data.val)} images: {text}", flush=True)
+        save_samples(self.folder / "samples" / f"{done:06d}.png", samples, self.data.palette)
+        if done == last:
+            self._finish(scores)
+        self.clock = time.perf_counter()
+
+    def _announce(self, weights) -> None:
+        args, data, (labeled, unlabeled) = self.args, self.data, self.split
+        print(f"{args.method} on {args.dataset}{', supervised only' * args.supervised}")
+        print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
+        print(
+            f"data: {len(labeled)} labeled and {len(unlabeled)} unlabeled of {len(data.train)} "
+            f"training images, {len(data.val)} validation images, {data.num_classes} classes"
+        )
+        print(f"weights: {weights}")
+        if args.weights == "none":
+            print("batch norm: batch statistics, trained affine (no weights were loaded)")
+        print(f"evaluation: last iterate, whole images at {self.recipe.size or 'their own size'}")
+        print(
+            f"{args.device}, {args.precision}, torch {torch.__version__}, "
+            f"{'' if args.compile else 'not '}compiled; output in {self.folder}"
+        )
+        if self.start:
+            print(f"resumed at iteration {self.start}", flush=True)
+
+    def _progress(self, done: int) -> None:
+        if not self.means:  # printed already
+            return
+        self._tick()
+        means = self._take_means(done)
+        rate = (done - self.start) / max(self.seconds - self.began, 1e-9)
+        lr = self.state["optimizer"].param_groups[0]["lr"]
+        self._append({"iteration": done, **means, "lr": lr, "seconds": round(self.seconds, 2)})
+        left = time.strftime("%H:%M:%S", time.gmtime((self.recipe.iterations - done) / rate))
+        values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        miou = "" if self.miou is None else f"  mIoU {100 * self.miou:.2f}%"
+        memory = f"{_peak_memory(self.args.device):.2f} GiB"
+        progress = f"[{done}/{self.recipe.iterations}] {values}{miou}"
+        print(f"{progress}  {rate:.2f} steps/s  {left} left  {memory}", flush=True)
+
+    def _take_means(self, done: int) -> dict[str, float]:
+        values = torch.stack([total / count for total, count in self.means.values()]).tolist()
+        means, self.means = dict(zip(self.means, values, strict=True)), {}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                self._diverged(done, name)
+        return means
+
+    def _diverged(self, done: int, what: str) -> None:
+        kept = self.folder / "last.pt"
+        good = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
+        raise InputError(f"{what} is not finite at iteration {done}: stopped ({good}); lower --lr?")
+
+    def _save(self, done: int) -> None:
+        """Write last.pt, unless a loss or a weight is not finite."""
+        self._tick()
+        finite = [p.detach().isfinite().all() for p in self.state["student"].parameters()]
+        if not torch.stack([*finite, *(t.isfinite() for t, _ in self.means.values())]).all():
+            self._diverged(done, "a loss or a weight")
+        checkpoint = {
+            **self._config(),
+            "iteration": done,
+            "headline": self.headline,
+            "miou": self.miou,
+            "seconds": self.seconds,
+            "means": self.means,
+            "labeled_names": self.names,
+            "class_names": list(self.data.class_names),
+            "palette": [list(color) for color in self.data.palette],
+            "state": {name: thing.state_dict() for name, thing in self.state.items()},
+        }
+        _write_atomically(self.folder / "last.pt", partial(torch.save, checkpoint))
+
+    def _config(self) -> dict:
+        kept = dict(vars(self.args), device=str(self.args.device))
+        for name in ("checkpoint", "resume", "evaluate", "predict", "out", "output_dir"):
+            kept.pop(name)
+        return {
+            "method": self.args.method,
+            "recipe": asdict(self.recipe),
+            "args": kept,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "commit": _commit(),
+        }
+
+    def _restore(self, checkpoint: dict) -> None:
+        if checkpoint["class_names"] != list(self.data.class_names):
+            raise InputError(f"--resume: trained on other classes: {checkpoint['class_names']}")
+        if checkpoint["labeled_names"] != self.names:
+            raise InputError("--resume: the labeled images are not those of the checkpoint")
+        for name, thing in self.state.items():
+            thing.load_state_dict(checkpoint["state"][name])
+        self.start, self.miou = checkpoint["iteration"], checkpoint["miou"]
+        self.seconds = checkpoint["seconds"]
+        device = self.args.device
+        self.means = {k: (total.to(device), n) for k, (total, n) in checkpoint["means"].items()}
+
+    def _make_folder(self) -> Path:
+        """The folder given, or the first of FOLDER, FOLDER-2, ... that is free."""
+        folder, fresh = Path(self.args.output_dir), self.args.checkpoint is None
+        if fresh and not self.args.output_dir_given:
+            folder = next(path for path in numbered(self.args.output_dir) if not path.exists())
+        elif fresh and (folder / "last.pt").exists():
+            raise InputError(f"--output-dir {folder}: holds a run; add --resume auto to go on")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            log = folder / "log.jsonl"
+            lines = log.read_text().splitlines() if log.exists() and not fresh else []
+            # What a killed run logged after its last checkpoint is logged again.
+            kept = [line for line in lines if _iteration(line) <= self.start]
+            log.write_text("".join(f"{line}\n" for line in kept))
+            if fresh:
+                (folder / "config.json").write_text(json.dumps(self._config(), indent=1))
+                (folder / "split.txt").write_text("".join(f"{name}\n" for name in self.names))
+        except OSError as error:
+            raise InputError(f"--output-dir {folder}: cannot write there ({error})") from error
+        return folder
+
+    def _finish(self, scores: dict[str, dict]) -> None:
+        result = {
+            "method": self.args.method,
+            "dataset": self.args.dataset,
+            "labeled": len(self.names),
+            "supervised": self.args.supervised,
+            "seed": self.args.seed,
+            "iterations": self.recipe.iterations,
+            "headline": self.headline,
+            "class_names": list(self.data.class_names),
+            **scores,
+            "seconds": round(self.seconds, 1),
+            "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
+            "peak_memory_gib": round(_peak_memory(self.args.device), 2),
+        }
+        text = json.dumps(result, indent=1)
+        _write_atomically(self.folder / "result.json", lambda path: path.write_text(text))
+        print(iou_table(scores, self.data.class_names))
+        print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU; results in {self.folder}")
+
+    def _append(self, entry: dict) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _tick(self) -> None:
+        """Count the time since the last tick; evaluation sets the clock anew."""
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def _on_signal(self, number: int, _) -> None:
+        if self.signal:  # asked twice: at once
+            sys.exit(128 + number)
+        self.signal = number
+
+
+def _iteration(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except json.JSONDecodeError:  # the line that a killed run was writing
+        return math.inf
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    partial_file = path.with_name(path.name + ".partial")
+    write(partial_file)
+    os.replace(partial_file, path)
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git here
+        return None
+    return done.stdout.strip() or None
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: what CUDA's allocator held, else the most that this process had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# ---- Evaluating and predicting with a checkpoint ----
+
+
+def _score(networks: dict, images, num_classes: int, args, autocast) -> dict[str, dict]:
+    return evaluate(
+        networks,
+        images,
+        num_classes,
+        device=args.device,
+        workers=args.workers,
+        autocast=autocast,
+    )
+
+
+def _load_network(recipe, args: argparse.Namespace, network: Callable, name: str) -> nn.Module:
+    checkpoint = args.checkpoint
+    loaded = network(recipe, len(checkpoint["class_names"]), args.weights != "none")
+    try:
+        loaded.load_state_dict(checkpoint["state"][name])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"the checkpoint does not fit the network: {reason}") from error
+    return loaded.to(args.device).eval()
+
+
+def _evaluate_checkpoint(recipe, args: argparse.Namespace, network: Callable) -> None:
+    known = args.checkpoint["class_names"]
+    full = args.full_resolution
+    data = open_dataset(args.dataset, args.data_dir, size=recipe.size, full_labels=full)
+    if known != list(data.class_names):
+        raise InputError(
+            f"--evaluate: trained on {len(known)} classes ({', '.join(known)}), but "
+            f"{args.dataset} has {data.num_classes} ({', '.join(data.class_names)})"
+        )
+    networks = {n: _load_network(recipe, args, network, n) for n in ("student", "teacher")}
+    bf16 = args.precision == "bf16"
+    autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bf16)
+    scores = _score(networks, data.val, data.num_classes, args, autocast)
+    size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
+    print(f"{len(data.val)} validation images, labels at {size}")
+    print(iou_table(scores, data.class_names))
+
+
+def _predict_pictures(recipe, args: argparse.Namespace, network: Callable) -> None:
+    if len(args.predict) < 2:
+        raise InputError("--predict: give a checkpoint and at least one image")
+    best = _load_network(recipe, args, network, args.checkpoint["headline"])
+    folder = Path(args.out)
+    for path in map(Path, args.predict[1:]):
+        picture, prediction = predict(best, path, recipe.size, args.device)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_prediction(folder, path.stem, picture, prediction, args.checkpoint["palette"])
+        except OSError as error:
+            raise InputError(f"--out {folder}: cannot write there ({error})") from error
+        print(f"{path} -> {folder / path.stem}.png and {folder / path.stem}_overlay.png")
