@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import run
-from common.augment import color_jitter, gaussian_blur, scale_crop_flip
+from common import InputError, run
+from common.augment import jitter_and_blur, scale_crop_flip
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
 from common.ema import make_teacher, update_teacher
@@ -248,21 +248,18 @@ def classmix_loss(
     """Second term of eq. 1 on one unlabeled batch: (B,3,H,W) -> scalar, what it was made of.
 
     Each image is pasted on the next one of the batch, the last on the first. make_mask turns
-    pseudo-labels (B,H,W) into masks, augment acts on the mixed images.
+    pseudo-labels (B,H,W) into masks, augment changes the mixed images.
     """
     with torch.no_grad():
         prob = teacher(image).float().softmax(1)  # S_A, S_B (l. 1-2)
         confidence, pseudo_label = prob.max(1)  # (l. 3)
         mask = make_mask(pseudo_label)  # M (l. 4-6)
-
-        def mixed(x: Tensor) -> Tensor:
-            return mix(mask, x, x.roll(-1, 0))  # M * A + (1 - M) * B (l. 7-8)
-
-        image_mix = augment(mixed(image))
-        label_mix = mixed(pseudo_label)
-        prob_mix = None if kind == "cross-entropy" else mixed(prob)
+        image_mix = augment(mix(mask, image, image.roll(-1, 0)))  # M * A + (1 - M) * B (l. 7)
+        label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # (l. 8)
+        prob_mix = mix(mask, prob, prob.roll(-1, 0)) if kind != "cross-entropy" else None
+        confidence_mix = mix(mask, confidence, confidence.roll(-1, 0))
         weight = unlabeled_weight(
-            mixed(confidence), threshold, weighting=weighting, scope=scope, ramp=ramp
+            confidence_mix, threshold, weighting=weighting, scope=scope, ramp=ramp
         )
     logits = student(image_mix)
     loss = (weight * consistency(logits, label_mix, prob_mix, kind)).mean()
@@ -285,19 +282,6 @@ def network(recipe: Recipe, num_classes: int, pretrained: bool) -> DeepLabV2:
     )
 
 
-def make_optimizer(recipe: Recipe, student: DeepLabV2) -> torch.optim.Optimizer:
-    """SGD as in section 4.1, or Adam."""
-    groups = student.parameter_groups(recipe.lr, recipe.head_factor)
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        groups,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-
-
 def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor) -> Tensor:
     """The recipe's kind of mask for a batch of pseudo-labels (B,H,W)."""
     if recipe.mask == "class":
@@ -309,16 +293,10 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
     return cut_mask(batch, size, **draw)
 
 
-def strong_augment(recipe: Recipe, rng, image: Tensor) -> Tensor:
-    """Table 3, "extra augmentations": jitter, then blur, or nothing. (B,3,H,W) -> the same."""
-    if not recipe.extra_augmentations:
-        return image
-    image = color_jitter(image, recipe.jitter, recipe.jitter_probability, rng)
-    return gaussian_blur(image, recipe.blur_sigma, recipe.blur_probability, rng)
-
-
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
     """Equation 1: labeled loss, ClassMix loss, step, teacher."""
+    if recipe.batch_size < 2 and not args.supervised:
+        raise InputError("--batch-size 1: ClassMix needs a second image to paste on")
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     split = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
@@ -326,18 +304,25 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     weights = load_weights(student, args.weights)
     student.to(args.device)
     teacher = make_teacher(student, train_mode=True)
-    optimizer = make_optimizer(recipe, student)
+    groups = student.parameter_groups(recipe.lr, recipe.head_factor)
+    optimizer = torch.optim.SGD(
+        groups,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
     )
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
-    transform = partial(
-        scale_crop_flip,
-        scale_range=recipe.scale_range,
-        crop=recipe.crop,
-        flip=recipe.flip,
-        fill=[round(255 * value) for value in student.mean.flatten().tolist()],
+    transform = scale_crop_flip(
+        scale_range=recipe.scale_range, crop=recipe.crop, flip=recipe.flip, mean=student.mean
+    )
+    strong = jitter_and_blur(
+        recipe.jitter, recipe.jitter_probability, recipe.blur_sigma, recipe.blur_probability
     )
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
     for iteration in session.steps():
@@ -349,16 +334,17 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         session.log(loss_l=loss_l)
         samples = {"labeled": image_l, "truth": label_l}
         if args.supervised or iteration < recipe.warmup:
-            samples["student"] = logits_l.detach()
+            samples["logits"] = logits_l.detach()
         else:
             image_u, _ = next(batches_u)
+            generator, seed = session.generator("mask"), session.step_seed("augment")
             with session.autocast():
                 loss_u, seen = classmix_loss(
                     student,
                     teacher,
                     image_u,
-                    make_mask=partial(make_mask, recipe, data.num_classes, session.generator("mask")),
-                    augment=partial(strong_augment, recipe, session.rng("augment")),
+                    make_mask=partial(make_mask, recipe, data.num_classes, generator),
+                    augment=partial(strong, seed) if recipe.extra_augmentations else nn.Identity(),
                     threshold=recipe.confidence_threshold,
                     weighting=recipe.weighting,
                     scope=recipe.weight_scope,

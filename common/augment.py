@@ -1,88 +1,72 @@
-"""Geometry for the loader's single images, colour for batches on the device."""
+"""Random changes of images, on top of torchvision.transforms.v2, repeatable for a seed."""
 
-import numpy as np
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+
+def _seeded(transform: Callable, seed: int, *inputs):
+    """transform(*inputs) with torch's host randomness started from seed, and left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return transform(*inputs)
 
 
 def scale_crop_flip(
-    image: Tensor,
-    label: Tensor,
-    rng: np.random.Generator,
     *,
     scale_range: tuple[float, float],
     crop: tuple[int, int] | None,
     flip: bool,
-    fill: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Random scale, crop and mirror image, jointly: (3,H,W) and (H,W) uint8 -> the same.
+    mean: Tensor,
+) -> Callable:
+    """A loader's transform(seed, image, label): uint8 (3,H,W), (H,W) -> the same, changed alike.
 
-    The scale is uniform in scale_range; images smaller than crop (height, width; None: the image's
-    own size) are padded right and below with fill (the network's mean colour) and void (255); the
-    crop's place is uniform.
+    The scale is uniform in scale_range, the place of the crop (height, width) too; where an image
+    is smaller than the crop, it is padded with mean, (3,1,1) in [0,1], and void (255).
     """
-    crop = crop or label.shape
+    color = [round(255 * value) for value in mean.flatten().tolist()]
+    fill = {tv_tensors.Image: color, tv_tensors.Mask: 255}
+    steps = []
     if scale_range != (1.0, 1.0):
-        scale = rng.uniform(*scale_range)
-        size = [max(1, round(n * scale)) for n in label.shape]
-        image = TF.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
-        label = TF.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
-    image, label = _crop(image, label, crop, fill, rng)
-    if flip and rng.random() < 0.5:
-        image, label = image.flip(-1), label.flip(-1)
-    return image, label
+        steps.append(partial(_scale, scale_range=scale_range))
+    if crop is not None:
+        steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return partial(_seeded, v2.Compose([_typed, *steps]))
 
 
-def _crop(image, label, crop, fill, rng):
-    padded = [max(n, c) for n, c in zip(label.shape, crop, strict=True)]
-    if padded != list(label.shape):
-        canvas = torch.tensor(fill, dtype=image.dtype).view(3, 1, 1).repeat(1, *padded)
-        canvas[:, : label.shape[0], : label.shape[1]] = image
-        void = torch.full(padded, 255, dtype=label.dtype)
-        void[: label.shape[0], : label.shape[1]] = label
-        image, label = canvas, void
-    top, left = (int(rng.integers(p - c + 1)) for p, c in zip(padded, crop, strict=True))
-    window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
-    return image[window], label[window]
+def _typed(image: Tensor, label: Tensor):
+    return tv_tensors.Image(image), tv_tensors.Mask(label)
 
 
-def color_jitter(
-    image: Tensor, strength: float, probability: float, rng: np.random.Generator
-) -> Tensor:
-    """Brightness, contrast, saturation and hue in random order, (B,3,H,W) in [0,1] -> the same.
+def _scale(image: Tensor, label: Tensor, scale_range: tuple[float, float]):
+    scale = torch.empty(()).uniform_(*scale_range).item()
+    size = [max(1, round(scale * n)) for n in label.shape[-2:]]
+    return TF.resize(image, size, antialias=True), TF.resize(label, size)
 
-    As torchvision's ColorJitter with one strength for all four (hue: share of a turn), each image
-    with its own draw, and left alone with 1 - probability. The draws are on the host, because
-    torchvision's functions take one factor for all that they are given.
+
+def jitter_and_blur(
+    jitter: float,
+    jitter_probability: float,
+    blur_sigma: tuple[float, float],
+    blur_probability: float,
+) -> Callable:
+    """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then blur, image by image.
+
+    jitter is torchvision's strength of brightness, contrast, saturation and hue (at most 0.5);
+    blur_sigma (pixels) is a range, whose upper end the kernel exceeds fourfold.
     """
-    changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    jittered = []
-    for single in image:
-        if rng.random() < probability:
-            factors = rng.uniform(max(0, 1 - strength), 1 + strength, size=4)
-            factors[3] = rng.uniform(-min(strength, 0.5), min(strength, 0.5))
-            for k in rng.permutation(4):
-                single = changes[k](single, float(factors[k]))
-        jittered.append(single)
-    return torch.stack(jittered)
-
-
-def gaussian_blur(
-    image: Tensor,
-    sigma_range: tuple[float, float],
-    probability: float,
-    rng: np.random.Generator,
-) -> Tensor:
-    """Blur each image with a sigma (pixels) uniform in sigma_range: (B,3,H,W) -> the same.
-
-    An image is left alone with 1 - probability. The kernel reaches four sigma.
-    """
-    kernel = 2 * int(np.ceil(4 * sigma_range[1])) + 1
-    blurred = []
-    for single in image:
-        if rng.random() < probability:
-            single = TF.gaussian_blur(single, [kernel] * 2, [float(rng.uniform(*sigma_range))] * 2)
-        blurred.append(single)
-    return torch.stack(blurred)
+    kernel = 2 * int(4 * blur_sigma[1] + 1) + 1
+    change = v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(jitter, jitter, jitter, jitter)], jitter_probability),
+            v2.RandomApply([v2.GaussianBlur(kernel, blur_sigma)], blur_probability),
+        ]
+    )
+    return partial(_seeded, lambda image: torch.stack([change(single) for single in image]))

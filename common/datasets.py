@@ -5,6 +5,7 @@ Everywhere here an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, o
 
 import itertools
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,6 +40,8 @@ _CAMVID = {
 _STREETS = {"train": 800, "val": 200}  # scenes
 # What the flags --labeled and --weights are where they are not given.
 DEFAULTS = {
+    "cityscapes": {"labeled": "1/8", "weights": "imagenet"},
+    "voc": {"labeled": "1/8", "weights": "imagenet"},
     "streets": {"labeled": "16", "weights": "none"},
     "camvid": {"labeled": "30", "weights": "imagenet"},
     "folder": {"labeled": "1.0", "weights": "imagenet"},
@@ -149,7 +152,7 @@ def open_dataset(
         return Data(**parts, test=None, class_names=streets.CLASS_NAMES, palette=streets.PALETTE)
     openers = {"camvid": _camvid_files, "folder": _folder_files}
     if name not in openers:
-        raise InputError(f"--dataset {name}: not one of streets, {', '.join(openers)}")
+        raise InputError(f"--dataset {name}: can be read so far: streets, {', '.join(openers)}")
     root = Path(data_dir or Path("data") / name)
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
@@ -321,7 +324,7 @@ def _count(num_images: int, labeled: str | float | int) -> int:
             f"--labeled {text}: give a count, or a fraction as 0.125 or 1/8"
         ) from error
     if not 1 <= count <= num_images:
-        raise InputError(f"--labeled {text}: {count} of {num_images} images with a label")
+        raise InputError(f"--labeled {text}: {count}; it must be 1 to {num_images} here")
     return count
 
 
@@ -369,15 +372,37 @@ def _listed(train: Images | Scenes, path: Path, able: set[int]) -> list[int]:
 # ---- Batches ----
 
 
+@dataclass(frozen=True)
 class _Transformed(Dataset):
     """(index, seed) -> image and label through a random transform."""
 
-    def __init__(self, images: Images | Scenes, transform: Callable):
-        self.images, self.transform = images, transform
+    images: Images | Scenes
+    transform: Callable
 
-    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, seed = key
-        return self.transform(*self.images[index], np.random.default_rng(seed))
+        return self.transform(seed, *self.images[index])
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The batch sampler of endless: lists of (index, seed)."""
+
+    indices: list[int]
+    batch_size: int
+    seed: int
+    stream: int
+    start: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = max(len(self.indices) // self.batch_size, 1)
+        for t in itertools.count(self.start):
+            epoch, k = divmod(t, per_epoch)
+            order = np.random.default_rng((self.seed, self.stream, epoch)).permutation(self.indices)
+            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+            batch = np.resize(batch, self.batch_size).tolist()  # repeats what is too short
+            seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(len(batch))
+            yield list(zip(batch, seeds.tolist(), strict=True))
 
 
 def endless(
@@ -394,16 +419,16 @@ def endless(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches start, start + 1, ... for ever: RGB float in [0,1] (B,3,H,W), int64 (B,H,W).
 
-    transform(image, label, rng) runs in the loader. Batch t depends only on (seed, stream, t).
-    Each epoch is a new permutation without its ragged last batch; fewer images than a batch
-    repeat within it.
+    transform(seed, image, label) runs in the loader. Batch t depends on (seed, stream, t) alone.
+    Each epoch is a new permutation without its ragged last batch; fewer images than a batch repeat
+    within it.
     """
     loader = DataLoader(
         _Transformed(images, transform),
         batch_sampler=_Keys(indices, batch_size, seed, stream, start),
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=_start_worker,
     )
     for image, label in loader:
         image = image.to(device, non_blocking=True).float().div_(255)
@@ -412,33 +437,7 @@ def endless(
         yield image, label.to(device, non_blocking=True).long()
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """The endless batch sampler: lists of (index, seed)."""
-
-    indices: list[int]
-    batch_size: int
-    seed: int
-    stream: int
-    start: int
-
-    def __iter__(self):
-        per_epoch = max(len(self.indices) // self.batch_size, 1)
-        drawn = order = None
-        for t in itertools.count(self.start):
-            epoch, k = divmod(t, per_epoch)
-            if epoch != drawn:
-                order = np.random.default_rng((self.seed, self.stream, epoch))
-                drawn, order = epoch, order.permutation(self.indices)
-            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
-            batch = np.resize(batch, self.batch_size).tolist()
-            yield [(i, (self.seed, self.stream, t, slot)) for slot, i in enumerate(batch)]
-
-
-def _quiet_worker(_: int) -> None:
+def _start_worker(_: int) -> None:
     """Ctrl-C reaches the whole process group: the main process saves, workers must live on."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)

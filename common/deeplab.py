@@ -201,8 +201,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly any type on a foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--weights {path}: not a file of tensors: {reason}") from error
+        raise InputError(f"--weights {path}: not a file of tensors as torch.save writes") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):

@@ -153,13 +153,13 @@ def save_samples(path: Path, columns: dict[str, Tensor], palette: Palette, rows:
     gap, caption = 4, 14
     first = next(iter(columns.values()))
     rows, (height, width) = min(rows, len(first)), first.shape[-2:]
-    zoom = max(1, 192 // width)
+    zoom = max(1, 256 // width)
     cell = (zoom * height + gap, zoom * width + gap)
     size = (len(columns) * cell[1] + gap, rows * cell[0] + caption + gap)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column, (name, batch) in enumerate(columns.items()):
-        draw.text((column * cell[1] + gap, 1), name, fill="black")
+        draw.text((column * cell[1] + gap, 1), name.replace("_", " "), fill="black")
         for row, tile in enumerate(batch[:rows].cpu()):
             if tile.is_floating_point() and len(tile) > 3:  # logits
                 tile = tile.argmax(0)

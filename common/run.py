@@ -115,14 +115,14 @@ class Run:
         enabled = self.args.precision == "bf16"
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=enabled)
 
-    def rng(self, purpose: str) -> np.random.Generator:
-        """Host randomness of this step; depends only on seed, step and purpose."""
-        return np.random.default_rng((self.args.seed, self.iteration, zlib.crc32(purpose.encode())))
+    def step_seed(self, purpose: str) -> int:
+        """Of this step's randomness; depends only on seed, step and purpose."""
+        words = (self.args.seed, self.iteration, zlib.crc32(purpose.encode()))
+        return int(np.random.SeedSequence(words).generate_state(1)[0])
 
     def generator(self, purpose: str) -> torch.Generator:
-        """The same on the device."""
-        seed = int(self.rng(purpose).integers(2**63))
-        return torch.Generator(self.args.device).manual_seed(seed)
+        """Seeded so, on the device."""
+        return torch.Generator(self.args.device).manual_seed(self.step_seed(purpose))
 
     def steps(self) -> Iterator[int]:
         """The iterations left. Between them: progress line, checkpoint, leaving on a signal."""

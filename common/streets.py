@@ -1,0 +1,454 @@
+"""Procedurally drawn street scenes: the data set that is always there.
+
+A scene is a list of polygons in metres (x right, y up, z ahead, camera above the origin), painted
+far to near into one image of part numbers. Class, colour, texture, fog and light are looked up by
+part number and position afterwards, so labels are crisp and any size shows the same scene.
+"""
+
+import functools
+import math
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+CLASS_NAMES = ("road", "sidewalk", "building", "sign", "vegetation", "sky", "person", "car")
+PALETTE = (
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (220, 220, 0),
+    (107, 142, 35),
+    (70, 130, 180),
+    (220, 20, 60),
+    (0, 0, 142),
+)
+ROAD, SIDEWALK, BUILDING, SIGN, VEGETATION, SKY, PERSON, CAR = range(len(CLASS_NAMES))
+VOID = 255  # posts and lamps: thinner than the stride of a network
+GROUND, FACE, WALL = range(3)  # planes of constant y, z, x: what a part's texture lies on
+
+# Sky above, sky at the horizon, tint, exposure, strength of the sun, visibility in metres, lamps.
+LIGHTS = (
+    ((70, 120, 200), (185, 208, 230), (1.06, 1.00, 0.92), 1.05, 0.55, 500, 0.0),  # clear
+    ((110, 160, 215), (220, 225, 225), (1.02, 1.00, 0.97), 0.95, 0.40, 200, 0.0),  # hazy
+    ((165, 172, 182), (208, 210, 214), (0.95, 1.00, 1.05), 0.85, 0.06, 180, 0.0),  # overcast
+    ((105, 112, 125), (150, 155, 162), (0.92, 1.00, 1.06), 0.70, 0.03, 110, 0.5),  # rain
+    ((190, 193, 196), (200, 202, 204), (1.00, 1.00, 1.00), 0.90, 0.00, 50, 0.2),  # fog
+    ((85, 90, 145), (248, 172, 112), (1.15, 0.94, 0.84), 0.78, 0.45, 200, 0.6),  # dusk
+    ((240, 228, 200), (255, 246, 220), (1.10, 1.00, 0.86), 0.64, 0.60, 140, 0.0),  # backlight
+    ((12, 16, 38), (58, 46, 52), (0.88, 0.94, 1.20), 0.44, 0.00, 160, 1.0),  # night
+)
+FACADES = ((150, 72, 55), (196, 172, 132), (222, 216, 204), (140, 140, 138), (98, 122, 148)) + (
+    (205, 170, 96),
+    (190, 130, 118),
+    (92, 72, 60),
+    (128, 138, 104),
+    (72, 76, 84),
+)
+FOLIAGE = ((62, 98, 40), (92, 122, 48), (38, 66, 36), (112, 132, 70), (176, 130, 44), (150, 70, 36))
+PAINTS = (
+    (225, 225, 225),
+    (28, 28, 32),
+    (140, 143, 148),
+    (84, 88, 94),
+    (150, 26, 28),
+    (30, 52, 112),
+) + ((176, 164, 132), (40, 84, 58), (214, 172, 38), (112, 152, 186))
+PAVINGS = ((150, 148, 144), (168, 138, 122), (120, 118, 118), (182, 176, 160), (132, 112, 104))
+
+
+@functools.cache
+def _noise() -> np.ndarray:
+    """Tileable texture of several octaves, unit variance. -> (512,512) float32."""
+    rng = np.random.default_rng(0)
+    octaves = [
+        ndimage.zoom(
+            rng.standard_normal((n, n)), 512 // n, order=1, mode="grid-wrap", grid_mode=True
+        )
+        for n in (32, 64, 128, 256)
+    ]
+    noise = sum(octaves)
+    return (noise / noise.std()).astype(np.float32)
+
+
+class Scene:
+    """Camera, street and light of one scene, and the parts painted so far."""
+
+    def __init__(self, seed: int, index: int, size: tuple[int, int]):
+        # Python's generator draws single numbers ten times faster than numpy's.
+        self.rng = rng = random.Random(f"{seed}/{index}")
+        self.height, self.width = size
+        self.focal = rng.uniform(1.2, 1.8)  # in image heights, as are horizon and vanish
+        self.horizon = rng.uniform(0.38, 0.52)
+        self.vanish = rng.gauss(0, 0.17)
+        self.eye = rng.uniform(1.2, 2.0)
+        self.light = rng.choice(LIGHTS)
+        self.sun = rng.choice((-1, 1)) * rng.uniform(0.3, 1.3)  # shadow length per height, along x
+        self.lit = rng.random() < self.light[6]
+        self.season = rng.choice(FOLIAGE)
+        road, shift = rng.uniform(6, 11), rng.uniform(0.25, 0.6)
+        self.kerb = (-shift * road, (1 - shift) * road)
+        self.front = (self.kerb[0] - rng.uniform(2, 5), self.kerb[1] + rng.uniform(2, 5))
+        self.jump, self.cloud = rng.randrange(512), rng.choice((0, 0.1, 0.4))
+        self.parts = []
+        self.ids = Image.new("I", (self.width, self.height))
+        self.shade = Image.new("L", (self.width, self.height), 255)
+        self.pen, self.shade_pen = ImageDraw.Draw(self.ids), ImageDraw.Draw(self.shade)
+
+    def project(self, points) -> list[tuple[float, float]]:
+        """World points (x, y, z) to pixels (column, row)."""
+        left, top = self.width / 2 + self.height * self.vanish, self.height * self.horizon
+        zoom, eye = self.height * self.focal, self.eye
+        return [(left + zoom * x / z, top + zoom * (eye - y) / z) for x, y, z in points]
+
+    def paint(
+        self, points, name, colour, plane, at=0.0, grain=0.06, scale=8.0, glow=0.0, pitch=(0, 0)
+    ):
+        """Adds a polygon; grain and scale (per metre) are its texture, pitch its windows' grid."""
+        self.parts.append((name, *colour, plane, at, grain, scale, glow, *pitch))
+        self.pen.polygon(self.project(points), fill=len(self.parts) - 1)
+
+    def ground(self, x0, x1, z0, z1, name, colour, **texture):
+        """Paints a rectangle that lies on the ground."""
+        corners = ((x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1))
+        self.paint(corners, name, colour, GROUND, **texture)
+
+    def face(self, outline, z, name, colour, **texture):
+        """Paints an outline of (x, y) that faces the camera."""
+        self.paint([(x, y, z) for x, y in outline], name, colour, FACE, z, **texture)
+
+    def wall(self, outline, x, name, colour, **texture):
+        """Paints an outline of (z, y) along the road; the sun brightens one side of the street."""
+        sunny = 1 - 0.25 * math.copysign(1, x * self.sun) * (self.light[4] > 0.1)
+        colour = [sunny * value for value in colour]
+        self.paint([(x, y, z) for z, y in outline], name, colour, WALL, x, **texture)
+
+    def shadow(self, x0, x1, z0, z1, height):
+        """Darkens the ground under a thing and where its shadow falls."""
+        long = self.sun * height
+        for left, right, value in (
+            (x0 + min(long, 0), x1 + max(long, 0), self.light[4]),
+            (x0, x1, 0.5),
+        ):
+            corners = ((left, 0, z0), (right, 0, z0), (right, 0, z1), (left, 0, z1))
+            self.shade_pen.polygon(self.project(corners), fill=int(255 - 255 * value))
+
+    def tone(self, colour, spread=18.0) -> list[float]:
+        """A colour near the given one."""
+        random = self.rng.random
+        shift = 3.4 * spread * (random() - 0.5)
+        return [min(max(v + shift + 1.2 * spread * (random() - 0.5), 4), 250) for v in colour]
+
+    def noise(self, s, t) -> np.ndarray:
+        """The texture at float coordinates, same shape."""
+        return _noise()[s.astype(np.int32) & 511, t.astype(np.int32) + self.jump & 511]
+
+
+def box(x0, x1, y0, y1):
+    """Corners of an upright rectangle."""
+    return ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+
+
+def blob(rng, x, y, rx, ry, corners=12, rough=0.2):
+    """Outline of an uneven ellipse."""
+    turns = [2 * math.pi * k / corners for k in range(corners)]
+    radii = [1 + rough * rng.uniform(-1, 1) for _ in turns]
+    return [(x + rx * r * math.cos(t), y + ry * r * math.sin(t)) for t, r in zip(turns, radii)]
+
+
+def street(scene):
+    """Paints sky, ground, road, kerbs and markings."""
+    rng, far = scene.rng, 300
+    scene.paint(((0, 0, 1),) * 3, SKY, scene.light[0], FACE, 1000.0, scale=0.12)
+    verge = rng.random() < 0.3
+    soil = scene.tone(scene.season if verge else rng.choice(PAVINGS))
+    scene.ground(-400, 400, 0.5, far, VEGETATION if verge else SIDEWALK, soil, grain=0.12, scale=3)
+    paving, pitch = scene.tone(rng.choice(PAVINGS)), rng.choice((0, 0, 0.6, 1.0))
+    asphalt = scene.tone((rng.uniform(70, 135),) * 3, 8)
+    scene.ground(*scene.front, 0.5, far, SIDEWALK, paving, grain=0.05, pitch=(pitch, pitch))
+    for x in scene.kerb:
+        scene.ground(x - 0.2, x + 0.2, 0.5, far, SIDEWALK, scene.tone((165, 163, 160)))
+    scene.ground(*scene.kerb, 0.5, far, ROAD, asphalt, grain=rng.uniform(0.04, 0.12), scale=2.5)
+    for _ in range(rng.randrange(4)):
+        x, z = rng.uniform(*scene.kerb), rng.uniform(3, 25)
+        right = min(x + rng.uniform(0.5, 2.5), scene.kerb[1])
+        scene.ground(x, right, z, z + rng.uniform(1, 8), ROAD, scene.tone(asphalt, 16))
+    white = [rng.uniform(170, 235)] * 2 + [rng.choice((90, 200))]
+    middle, dash = sum(scene.kerb) / 2 + rng.uniform(-0.5, 0.5), rng.choice((2, 3, 40))
+    for z in range(2, 60, 2 * dash):
+        scene.ground(middle - 0.08, middle + 0.08, z, z + dash, ROAD, white)
+    if rng.random() < 0.35:
+        z, x = rng.uniform(5, 16), scene.kerb[0] + 0.4
+        while x < scene.kerb[1] - 0.6:
+            scene.ground(x, x + 0.5, z, z + 3, ROAD, white)
+            x += 1.0
+
+
+def building(scene, side, z0, z1):
+    """Paints a house between two depths: facade, front end, ground floor and perhaps a roof."""
+    rng = scene.rng
+    x, far = scene.front[side], scene.front[side] + (12 if side else -12)
+    height, colour = rng.uniform(5, 19), scene.tone(rng.choice(FACADES))
+    pitch, grain = (rng.uniform(1.6, 3.6), rng.uniform(2.6, 3.6)), rng.uniform(0.03, 0.16)
+    texture = {"grain": grain, "scale": rng.choice((2, 6)), "glow": rng.random() * 0.3 * scene.lit}
+    scene.face(box(x, far, 0, height), z0, BUILDING, scene.tone(colour, 8), pitch=pitch, **texture)
+    scene.wall(box(z0, z1, 0, height), x, BUILDING, colour, pitch=pitch, **texture)
+    if rng.random() < 0.4:
+        roof, top = scene.tone(rng.choice(FACADES[:1] + FACADES[7:])), height + rng.uniform(1.5, 4)
+        back = x + (far - x) * 0.3
+        slope = ((x, height, z0), (x, height, z1), (back, top, z1), (back, top, z0))
+        scene.paint(slope, BUILDING, roof, WALL, x, grain=0.1)
+        scene.face(((x, height), (far, height), (back, top)), z0, BUILDING, colour)
+    if rng.random() < 0.5:
+        shop = scene.tone(rng.choice(FACADES + PAINTS))
+        scene.wall(box(z0, z1, 0, 3.2), x, BUILDING, shop, pitch=(3.0, 3.0), **texture)
+    scene.shadow(x, far, z0, z1, height)
+
+
+def tree(scene, x, z):
+    """Paints a trunk and a crown of blobs in the colour of the season."""
+    rng = scene.rng
+    trunk, radius = rng.uniform(1.5, 3), rng.uniform(1.0, 2.4)
+    leaves = scene.tone(scene.season if rng.random() < 0.7 else rng.choice(FOLIAGE))
+    scene.face(box(x - 0.15, x + 0.15, 0, trunk + 1), z, VEGETATION, scene.tone((72, 58, 46)))
+    y = trunk + radius
+    for dx, dy, r in (
+        (0, 0, 1),
+        *((rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.8), 0.6) for _ in "12"),
+    ):
+        outline = blob(
+            rng, x + dx * radius, y + dy * radius, r * radius, r * radius * 1.1, 14, 0.25
+        )
+        scene.face(outline, z, VEGETATION, scene.tone(leaves, 8), grain=0.3, scale=9)
+    scene.shadow(x - radius / 2, x + radius / 2, z, z + radius, trunk + radius)
+
+
+def hedge(scene, side, z0, z1):
+    """Paints a hedge along the outer edge of the sidewalk."""
+    x, height = scene.front[side] - (0.4 if side else -0.4), scene.rng.uniform(0.7, 2.2)
+    colour, outer = scene.tone(scene.season), scene.front[side] + (1 if side else -1)
+    scene.face(box(x, outer, 0, height), z0, VEGETATION, colour, grain=0.3, scale=9)
+    scene.wall(box(z0, z1, 0, height), x, VEGETATION, colour, grain=0.3, scale=9)
+
+
+def post(scene, x, z):
+    """Paints a lamp post, traffic lights or a sign; posts and lamps are void."""
+    rng, inward = scene.rng, -math.copysign(1, x)
+    metal = scene.tone(rng.choice(((120, 122, 124), (60, 62, 64), (88, 92, 84), (170, 170, 168))))
+    kind, half = rng.choice(("lamp", "light", "light", "sign", "sign")), rng.uniform(0.07, 0.11)
+    height = {"lamp": rng.uniform(5, 7), "light": 3.7, "sign": rng.uniform(2.4, 3.2)}[kind]
+    scene.face(box(x - half, x + half, 0, height), z, VOID, metal)
+    if kind == "lamp":
+        arm = x + inward * rng.uniform(0.8, 2)
+        scene.face(box(min(x, arm), max(x, arm), height - 0.16, height), z, VOID, metal)
+        bulb = box(arm - 0.35, arm + 0.35, height - 0.3, height)
+        scene.face(bulb, z, VOID, (255, 235, 180), glow=float(scene.lit))
+    elif kind == "light":
+        scene.face(box(x - 0.36, x + 0.36, height - 1.5, height), z, SIGN, scene.tone((30, 32, 32), 6))
+        k, colour = rng.choice(((0, (60, 240, 130)), (1, (250, 190, 40)), (2, (250, 50, 40))))
+        lens = blob(rng, x, height - 1.23 + 0.48 * k, 0.2, 0.2, 8, 0)
+        scene.face(lens, z, SIGN, colour, glow=0.9)
+    else:
+        colour = rng.choice(((200, 30, 36), (36, 70, 170), (230, 230, 230), (235, 190, 40)))
+        corners, radius = rng.choice((3, 4, 10)), rng.uniform(0.6, 0.8)
+        scene.face(blob(rng, x, height, radius, radius, corners, 0), z, SIGN, (235, 235, 230))
+        inner = blob(rng, x, height, 0.8 * radius, 0.8 * radius, corners, 0)
+        scene.face(inner, z, SIGN, scene.tone(colour, 10))
+    scene.shadow(x - half, x + half, z, z + 0.2, height)
+
+
+def car(scene, x, z, heading):
+    """Paints a car, van or bus seen from behind (heading 1), from ahead (-1) or from its side (0)."""
+    rng = scene.rng
+    long, wide, tall, hood = rng.choice(
+        ((4.2, 0.88, 1.45, 0.9),) * 4
+        + ((4.6, 0.95, 1.8, 1.0), (5.2, 1.0, 2.3, 1.5), (9, 1.2, 3.0, 2.8))
+    )
+    paint, glass, tyre = (
+        scene.tone(rng.choice(PAINTS), 14),
+        scene.tone((48, 58, 70), 10),
+        (22, 22, 24),
+    )
+    waist = 0.62 * tall
+    nose = (0.25 * long, long) if heading >= 0 else (0, 0.75 * long)
+    profile = [
+        (0, 0.25),
+        (long, 0.25),
+        (long, hood),
+        (nose[1] - 0.1 * long, hood if heading else waist),
+    ]
+    profile = [
+        (0, 0.25),
+        (0, 0.62 * tall),
+        (0.12 * long, tall),
+        (0.6 * long, tall),
+        (0.78 * long, waist),
+    ]
+    profile += [(long, 0.55 * tall), (long, 0.25)]
+    cabin = [
+        (0.1 * long, waist),
+        (0.17 * long, 0.94 * tall),
+        (0.57 * long, 0.94 * tall),
+        (0.72 * long, waist),
+    ]
+    if heading < 0:
+        profile, cabin = ([(long - a, y) for a, y in shape] for shape in (profile, cabin))
+    wheels = [blob(rng, f * long, 0.33, 0.34, 0.34, 10, 0) for f in (0.2, 0.8)]
+    if heading:
+        side, place = x - math.copysign(wide, x), z
+        draw = functools.partial(scene.wall, x=side)
+        scene.shadow(x - wide, x + wide, z, z + long, tall)
+    else:
+        place, draw = x, functools.partial(scene.face, z=z)
+        scene.shadow(x, x + long, z, z + 1.8, tall)
+    dark = [0.8 * value for value in paint]
+    for shape, colour in ((profile, dark), (cabin, glass), (wheels[0], tyre), (wheels[1], tyre)):
+        draw([(place + a, y) for a, y in shape], name=CAR, colour=colour)
+    if heading:
+        scene.face(box(x - wide * 0.9, x + wide * 0.9, 0, 0.4), z, CAR, tyre)
+        top = wide * (0.74 if tall < 2 else 0.96)
+        body = (
+            (x - wide, 0.25),
+            (x + wide, 0.25),
+            (x + wide, waist),
+            (x + top, tall),
+            (x - top, tall),
+        )
+        scene.face((*body, (x - wide, waist)), z, CAR, paint)
+        pane = ((x - wide * 0.86, waist), (x + wide * 0.86, waist), (x + top * 0.9, tall * 0.93))
+        scene.face((*pane, (x - top * 0.9, tall * 0.93)), z, CAR, glass)
+        lamp = (190, 24, 22) if heading > 0 else (255, 248, 220)
+        for left in (x - wide * 0.95, x + wide * 0.6):
+            outline = box(left, left + wide * 0.35, waist * 0.72, waist * 0.92)
+            scene.face(outline, z, CAR, lamp, glow=float(scene.lit))
+
+
+def person(scene, x, z):
+    """Paints someone standing or walking."""
+    rng = scene.rng
+    tall, half, step = rng.uniform(1.5, 1.95), rng.uniform(0.26, 0.36), rng.uniform(0.02, 0.3)
+    coat = scene.tone([rng.uniform(20, 230) for _ in "rgb"], 10)
+    trousers = scene.tone(
+        rng.choice(((32, 36, 58), (30, 30, 30), (92, 84, 72), (120, 122, 128))), 12
+    )
+    skin = scene.tone(rng.choice(((224, 180, 152), (190, 140, 108), (112, 76, 56))), 10)
+    hip, neck = 0.5 * tall, 0.84 * tall
+    for foot in (-step, step):
+        leg = (
+            (x - half * 0.7, hip),
+            (x + half * 0.7, hip),
+            (x + foot + 0.1, 0),
+            (x + foot - 0.1, 0),
+        )
+        scene.face(leg, z, PERSON, trousers)
+    torso = ((x - half * 0.8, hip - 0.1), (x + half * 0.8, hip - 0.1), (x + half, neck - 0.1))
+    scene.face((*torso, (x + 0.1, neck), (x - 0.1, neck), (x - half, neck - 0.1)), z, PERSON, coat)
+    scene.face(blob(rng, x, tall - 0.14, 0.12, 0.15, 8, 0), z, PERSON, skin)
+    hair = scene.tone(rng.choice(((30, 24, 20), (96, 66, 40), (170, 140, 90))), 8)
+    scene.face(box(x - 0.11, x + 0.11, tall - 0.1, tall + 0.02), z, PERSON, hair)
+    scene.shadow(x - half, x + half, z, z + 0.3, tall)
+
+
+def furnish(scene):
+    """Lists what stands in the street and paints it from far to near."""
+    rng, things = scene.rng, []
+    for side, out in ((0, -1), (1, 1)):
+        z, kerb, front = 2.0, scene.kerb[side], scene.front[side]
+        while z < 80:
+            end = z + rng.uniform(6, 18)
+            if rng.random() < 0.8:
+                things.append((end, building, (side, z, end)))
+            else:
+                spots = [rng.uniform(z, end) for _ in range(4)]
+                things += [(s, tree, (front + out * rng.uniform(0, 6), s)) for s in spots]
+            if rng.random() < 0.25:
+                things.append((end - 0.1, hedge, (side, z, end)))
+            z = end
+        for z in range(4, 22, rng.choice((5, 6, 8))):
+            spot = z + rng.uniform(0, 4)
+            stem = post if rng.random() < 0.75 else tree
+            things.append((spot, stem, (kerb + out * rng.uniform(0.4, 0.9), spot)))
+        z = rng.uniform(3, 12)
+        while z < 32:
+            if rng.random() < 0.6:
+                things.append((z, car, (kerb - out * 1.1, z, rng.choice((1, out)))))
+            z += rng.uniform(6, 9)
+        for _ in range(rng.randrange(2, 5)):
+            spot = rng.uniform(3.5, 9)
+            things.append((spot, person, (rng.uniform(kerb + out * 0.5, front), spot)))
+    for heading, lane in ((-1, 0.3), (1, 0.7)):
+        if rng.random() < 0.6:
+            z, (left, right) = rng.uniform(7, 35), scene.kerb
+            things.append((z, car, (left + lane * (right - left), z, heading)))
+    if rng.random() < 0.25:
+        z = rng.uniform(9, 20)
+        things.append((z, car, (rng.uniform(-8, 4), z, 0)))
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        z = rng.uniform(4, 9)
+        things.append((z, person, (rng.uniform(*scene.kerb), z)))
+    for _, paint, place in sorted(things, key=lambda thing: -thing[0]):
+        paint(scene, *place)
+
+
+def rays(scene) -> tuple[np.ndarray, np.ndarray]:
+    """How far right (1,W) and down (H,1) each pixel looks per metre ahead, float32."""
+    across = (np.arange(scene.width, dtype=np.float32) + 0.5 - scene.width / 2) / scene.height
+    down = (np.arange(scene.height, dtype=np.float32) + 0.5) / scene.height
+    across, down = (across - scene.vanish) / scene.focal, (down - scene.horizon) / scene.focal
+    return np.where(np.abs(across) < 1e-3, np.float32(1e-3), across)[None], down[:, None]
+
+
+def render(scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lights the parts. -> image and glow (H,W,3) float32 in 0..255, class (H,W) uint8."""
+    above, horizon, tint, exposure, _, visibility, _ = (np.float32(v) for v in scene.light)
+    parts, ids = np.array(scene.parts, np.float32), np.asarray(scene.ids)
+    name, plane, at, grain, scale, glow, pitch_s, pitch_t = (
+        column[ids] for column in parts[:, [0, *range(4, 11)]].T.copy()
+    )
+    across, down = rays(scene)
+    on_ground, on_wall = plane == GROUND, plane == WALL
+    z = np.where(on_ground, scene.eye / np.maximum(down, 1e-3), at)
+    z = np.where(on_wall, at / across, z).clip(0.5, 1000)
+    s, t = np.where(on_wall, z, across * z), np.where(on_ground, z, scene.eye - down * z)
+    noise = scene.noise(s * scale, t * scale)
+    cell_s, cell_t = s / np.maximum(pitch_s, 0.1), t / np.maximum(pitch_t, 0.1)
+    floor_s, floor_t = np.floor(cell_s), np.floor(cell_t)
+    in_s, in_t = cell_s - floor_s, cell_t - floor_t
+    glass = (pitch_s > 0) & (abs(in_s - 0.5) < 0.27) & (abs(in_t - 0.55) < 0.26) & ~on_ground
+    chance = scene.noise(floor_s * 37, floor_t * 91)
+    glow *= np.where(glass, chance > 0.4, pitch_s == 0)
+    joint = on_ground & (pitch_s > 0) & (np.minimum(in_s, in_t) < 0.08)
+    light = (1 + grain * noise) * np.where(joint, np.float32(0.75), np.float32(1))
+    light *= np.where(on_ground, np.asarray(scene.shade, np.float32) / 255, np.float32(1))
+    if exposure < 0.5:
+        light *= 1 + 1.6 * scene.lit * np.exp(-((z / 14) ** 2))  # our own headlights
+    colour = parts[:, 1:4][ids]
+    colour[glass] = horizon * (0.25 + 0.08 * chance[glass, None])
+    colour[glass & (glow > 0)] = (255, 205, 120)
+    glow = glow[..., None] * colour
+    colour = np.maximum(colour * (light[..., None] * (tint * exposure)), glow)
+    colour = horizon + (colour - horizon) * np.exp(-z / visibility)[..., None]
+    in_sky = name == SKY
+    rise = np.broadcast_to((-down / 0.35).clip(0, 1), in_sky.shape)[in_sky, None]
+    sky = horizon + (above - horizon) * rise
+    colour[in_sky] = sky + (scene.cloud * noise.clip(0, 2))[in_sky, None] * (horizon * 1.05 - sky)
+    return colour, glow, name.astype(np.uint8)
+
+
+def draw(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Scene number index of a seed. -> (H,W,3) uint8 RGB and (H,W) uint8 class."""
+    scene = Scene(seed, index, size)
+    street(scene)
+    furnish(scene)
+    image, glow, name = render(scene)
+    rng, pixels = scene.rng, np.random.default_rng((seed, index))
+    if scene.lit:
+        image += 1.2 * ndimage.uniform_filter(glow, (size[0] // 8, size[0] // 8, 0))
+    blur = rng.uniform(0.35, 0.75) * (size[0] / 64) ** 0.5
+    image = ndimage.gaussian_filter(image, (blur, blur, 0), truncate=2)
+    image *= np.float32([rng.gauss(1, 0.04) for _ in "rgb"])
+    image = 255 * (image.clip(0, 255) / 255) ** np.float32(rng.uniform(0.85, 1.2))
+    noise = np.float32(rng.uniform(1, 5) + 3 * scene.lit)
+    image += noise * pixels.standard_normal(image.shape, np.float32)
+    return image.clip(0, 255).astype(np.uint8), name

@@ -1,0 +1,257 @@
+"""common/deeplab.py: layout, modes and weight files."""
+
+import re
+import urllib.error
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import ResNet, ResNet101_Weights
+from torchvision.models.resnet import Bottleneck
+
+from common import InputError
+from common.deeplab import DeepLabV2, load_weights
+
+BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of the published weights, 0-255
+LAYERS = (2, 1, 1, 1)
+STATISTICS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # RGB
+
+
+HEAD = [f"classifiers.{k}.{part}" for k in range(4) for part in ("bias", "weight")]
+
+
+def small(num_classes=5, **options):
+    torch.manual_seed(0)
+    return DeepLabV2(num_classes, **{"layers": LAYERS, "width": 4} | options)
+
+
+@pytest.fixture(scope="module")
+def resnet101():
+    with torch.device("meta"):
+        return DeepLabV2(19)
+
+
+@pytest.mark.parametrize(
+    ("size", "stem", "pool", "last"),
+    [
+        ((321, 321), (161, 161), (81, 81), (41, 41)),
+        ((505, 505), (253, 253), (127, 127), (64, 64)),
+        ((512, 1024), (256, 512), (129, 257), (65, 129)),
+    ],
+)
+def test_shapes(resnet101, size, stem, pool, last):
+    image = torch.empty(2, 3, *size, device="meta")
+    x = resnet101.conv1(image)
+    assert x.shape[2:] == stem and resnet101.maxpool(x).shape[2:] == pool
+    assert resnet101.layer1(resnet101.maxpool(x)).shape == (2, 256, *pool)
+    features = resnet101.features(image)
+    assert features.shape == (2, 2048, *last)
+    assert resnet101.classify(features, size).shape == resnet101(image).shape == (2, 19, *size)
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def test_parameter_counts(resnet101):
+    assert count(resnet101.parameters()) == 43_901_068
+    assert count(p for p in resnet101.parameters() if p.requires_grad) == 43_795_724
+    assert count(resnet101.classifiers.parameters()) == 1_400_908
+    assert resnet101.feature_channels == 2048 and small().feature_channels == 128
+    with torch.device("meta"):
+        two, affine = DeepLabV2(19, rates=(6, 12)), DeepLabV2(19, train_affine=True)
+    assert count(two.classifiers.parameters()) == 700_454
+    assert count(p for p in affine.parameters() if p.requires_grad) == 43_901_068
+
+
+def test_layout_of_the_stages(resnet101):
+    assert resnet101.maxpool.ceil_mode
+    assert [c.dilation[0] for c in resnet101.classifiers] == [6, 12, 18, 24]
+    assert [c.padding[0] for c in resnet101.classifiers] == [6, 12, 18, 24]
+    plan = {"layer1": (3, 1, 1), "layer2": (4, 2, 1), "layer3": (23, 1, 2), "layer4": (3, 1, 4)}
+    for name, (blocks, stride, dilation) in plan.items():
+        stage = getattr(resnet101, name)
+        assert len(stage) == blocks
+        for k, block in enumerate(stage):
+            assert block.conv1.stride[0] == (stride if k == 0 else 1)
+            assert block.conv2.stride[0] == block.conv3.stride[0] == 1
+            assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
+            assert isinstance(block.downsample, nn.Sequential) == (k == 0)
+        assert stage[0].downsample[0].stride[0] == stride
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "batch"])
+def test_batch_norm_modes(batch_norm):
+    net = small(batch_norm=batch_norm, rates=(1,)).eval().train()
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    net(torch.rand(2, 3, 33, 33))
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert net.training and {m.training for m in norms} == {batch_norm == "batch"}
+    moved = {name for name, b in net.named_buffers() if not torch.equal(b, before[name])}
+    names = {n for n in before if n not in ("mean", "std")}
+    assert moved == (names if batch_norm == "batch" else set())
+    with pytest.raises(ValueError, match="'batch' or 'frozen', not 'sync'"):
+        small(batch_norm="sync")
+
+
+def test_normalize_and_float32_logits():
+    net, image = small(), torch.rand(1, 3, 17, 24)
+    torch.testing.assert_close(net.normalize(image), (image - STATISTICS[0]) / STATISTICS[1])
+    torch.testing.assert_close(net.classify(net.features(image), (17, 24)), net(image))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net.features(image).dtype == torch.bfloat16 and net(image).dtype == torch.float32
+
+
+@pytest.mark.parametrize("train_affine", [True, False])
+def test_parameter_groups(train_affine):
+    net = small(train_affine=train_affine)
+    trunk, head = net.parameter_groups(0.1, 10)
+    assert (trunk["lr"], head["lr"]) == (0.1, 1.0)
+    assert set(head["params"]) == set(net.classifiers.parameters())
+    grouped = trunk["params"] + head["params"]
+    assert len(grouped) == len(set(grouped))
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    affine = {p for m in norms for p in m.parameters()}
+    assert set(grouped) == set(net.parameters()) - (set() if train_affine else affine)
+
+
+def assert_same(state, expected):
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+
+
+def randomize(state):
+    """Normal weights scaled to keep the activations' size; positive variances."""
+    for name, value in state.items():
+        if value.is_floating_point():
+            value.normal_(std=max(1, value[0].numel()) ** -0.5)
+            if name.endswith("running_var"):
+                value.abs_().add_(0.5)
+    return state
+
+
+def torchvision_net():
+    torch.manual_seed(1)
+    net = ResNet(Bottleneck, list(LAYERS)).eval()
+    randomize(net.state_dict())
+    return net
+
+
+@pytest.mark.parametrize("source", ["imagenet", "file"])
+def test_load_torchvision_weights(source, monkeypatch, tmp_path):
+    """Up to layer1 the network is torchvision's; the head stays as it was."""
+    state, model = torchvision_net().state_dict(), small(width=64)
+    torch.save(state, tmp_path / "file")
+    api = mock.Mock(return_value=state)
+    monkeypatch.setattr(ResNet101_Weights, "get_state_dict", api)
+    report = load_weights(model, source if source == "imagenet" else tmp_path / source)
+    assert api.call_count == (source == "imagenet")
+    assert all(call.kwargs["check_hash"] for call in api.call_args_list)
+    image, outputs = torch.rand(2, 3, 33, 65), []  # of a size where ceil_mode does not matter
+    x = (image - STATISTICS[0]) / STATISTICS[1]
+    for net, y in ((torchvision_net(), x), (model.eval(), model.normalize(image))):
+        outputs.append(net.layer1(net.maxpool(net.bn1(net.conv1(y)).relu())))
+    assert torch.equal(*outputs)
+    assert_same(model.classifiers.state_dict(), small(width=64).classifiers.state_dict())
+    assert report.missing == HEAD and sorted(report.unused) == ["fc.bias", "fc.weight"]
+    assert len(report.matched) == sum("num_batches" not in name for name in state) - 2
+    assert "kept at initialisation: classifiers.0.bias" in str(report)
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), RuntimeError("hash")])
+def test_imagenet_weights_without_network(error, monkeypatch):
+    api = mock.Mock(side_effect=error)
+    monkeypatch.setattr(ResNet101_Weights, "get_state_dict", api)
+    with pytest.raises(InputError, match=r"--weights imagenet: .*resnet101.*\.pth.*--weights none"):
+        load_weights(small(), "imagenet")
+
+
+def published_state(num_classes):
+    """As resnet101COCO-41f33a49.pth, smaller: its key names, no num_batches_tracked."""
+    state = small(num_classes).state_dict()
+    left_out = [name for name in state if name in ("mean", "std") or "num_batches" in name]
+    state = {name: state[name] for name in state if name not in left_out}
+    return randomize({k.replace("classifiers", "layer5.conv2d_list"): v for k, v in state.items()})
+
+
+def published_forward(state, image):
+    """Features and logits of the published network, all four branches, fed with BGR, 0-255."""
+
+    def conv(x, name, **how):
+        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **how)
+
+    def norm(x, name):
+        parts = ("running_mean", "running_var", "weight", "bias")
+        return F.batch_norm(x, *(state[f"{name}.{part}"] for part in parts))
+
+    x = 255 * image.flip(1) - torch.tensor(BGR_MEAN).view(3, 1, 1)
+    x = norm(conv(x, "conv1", stride=2, padding=3), "bn1").relu()
+    x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
+    plan = zip(range(1, 5), LAYERS, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)
+    for stage, blocks, stride, d in plan:
+        for k in range(blocks):
+            name, stride = f"layer{stage}.{k}", stride if k == 0 else 1
+            y = norm(conv(x, f"{name}.conv1", stride=stride), f"{name}.bn1").relu()
+            y = norm(conv(y, f"{name}.conv2", padding=d, dilation=d), f"{name}.bn2").relu()
+            y = norm(conv(y, f"{name}.conv3"), f"{name}.bn3")
+            if k == 0:
+                x = norm(conv(x, f"{name}.downsample.0", stride=stride), f"{name}.downsample.1")
+            x = (x + y).relu()
+    branches = enumerate((6, 12, 18, 24))
+    y = sum(conv(x, f"layer5.conv2d_list.{k}", padding=r, dilation=r) for k, r in branches)
+    return x, F.interpolate(y, image.shape[2:], mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "model", "module."])
+def test_load_published_weights(wrap, tmp_path):
+    state, model, image = published_state(5), small().eval(), torch.rand(2, 3, 200, 232)
+    stored = {f"module.{k}": v for k, v in state.items()} if wrap == "module." else state
+    torch.save({"model": stored} if wrap == "model" else stored, tmp_path / "coco.pth")
+    report = load_weights(model, tmp_path / "coco.pth")
+    assert report.missing == report.unused == [] and len(report.matched) == len(state)
+    features, logits = published_forward(state, image)
+    torch.testing.assert_close(model.features(image), features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
+    mean = torch.tensor(BGR_MEAN).flip(0) / 255
+    torch.testing.assert_close(model.mean.flatten(), mean)
+
+
+def test_head_of_another_size_is_left_out(tmp_path):
+    torch.save(published_state(21), tmp_path / "voc.pth")
+    model = small(19)
+    report = load_weights(model, tmp_path / "voc.pth")
+    assert report.missing == sorted(report.unused) == HEAD
+    assert "kept at initialisation: classifiers.0.bias" in str(report)
+    assert_same(model.classifiers.state_dict(), small(19).classifiers.state_dict())
+    assert_same(model.bn1.running_var, published_state(21)["bn1.running_var"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "not a file of tensors"),
+        (b"<html>moved</html>", "not a file of tensors"),
+        (nn.Conv2d(1, 1, 1), "not a file of tensors"),
+        ({}, "holds no state dict"),
+        ({"epoch": 3}, "holds no state dict"),
+        ({"conv1.weight": torch.zeros(4, 3, 7, 7)}, "not in the file: bn1.bias"),
+        (small(width=8).state_dict(), "other shapes: bn1.bias"),
+    ],
+)
+def test_wrong_files(content, message, tmp_path):
+    path, model = tmp_path / "weights.pth", small()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=f"--weights {re.escape(str(path))}: .*{message}"):
+        load_weights(model, path)
+    assert_same(model.state_dict(), small().state_dict())
+
+
+def test_none_leaves_the_initialisation():
+    model = small()
+    assert load_weights(model, "none").matched == []
+    assert_same(model.state_dict(), small().state_dict())
