@@ -57,7 +57,7 @@ def jitter_and_blur(
     blur_sigma: tuple[float, float],
     blur_probability: float,
 ) -> Callable:
-    """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then blur, image by image.
+    """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then blur, each anew.
 
     jitter is torchvision's strength of brightness, contrast, saturation and hue (at most 0.5);
     blur_sigma (pixels) is a range, whose upper end the kernel exceeds fourfold.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -124,9 +124,9 @@ class Data:
 
     train: Images | Scenes
     val: Images | Scenes
-    test: Images | Scenes | None
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
+    test: Images | Scenes | None = None
 
     @property
     def num_classes(self) -> int:
@@ -149,33 +149,28 @@ def open_dataset(
     if name == "streets":
         size = size or (64, 128)
         parts = {part: Scenes(part, size) for part in _STREETS}
-        return Data(**parts, test=None, class_names=streets.CLASS_NAMES, palette=streets.PALETTE)
+        return Data(**parts, class_names=streets.CLASS_NAMES, palette=streets.PALETTE)
     openers = {"camvid": _camvid_files, "folder": _folder_files}
     if name not in openers:
         raise InputError(f"--dataset {name}: can be read so far: streets, {', '.join(openers)}")
     root = Path(data_dir or Path("data") / name)
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
-    parts, table, class_names, palette = openers[name](root)
-    opened = {
-        part: Images(files, table, size, full_labels and part != "train") if files else None
-        for part, files in parts.items()
+    files, table, class_names, palette = openers[name](root)
+    parts = {
+        part: Images(pairs, table, size, full_labels and part != "train")
+        for part, pairs in files.items()
     }
-    return Data(**opened, class_names=tuple(class_names), palette=tuple(palette))
+    return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
 
 
 def _camvid_files(root: Path):
     """SegNet's layout: {train,val,test}/NAME.png (or JPEG), {train,val,test}annot/NAME.png."""
-    root = next((r for r in (root, root / "CamVid") if (r / "trainannot").is_dir()), None) or root
-    parts = {}
-    for part in ("train", "val", "test"):
-        images = _by_stem(root / part, _IMAGE_SUFFIXES, needed=part != "test")
-        labels = _by_stem(root / f"{part}annot", (".png",), needed=bool(images))
-        _refuse_unpaired(labels, images, root / part)
-        _refuse_unpaired(images, labels, root / f"{part}annot")
-        parts[part] = {stem: (images[stem], labels[stem]) for stem in images}
+    root = root / "CamVid" if (root / "CamVid" / "train").is_dir() else root
+    parts = ["train", "val"] + ["test"] * (root / "test").is_dir()
+    files = {part: _pairs(root / part, root / f"{part}annot") for part in parts}
     table = _table({**{i: i for i in range(len(_CAMVID))}, 11: VOID})
-    return parts, table, _CAMVID.keys(), _CAMVID.values()
+    return files, table, _CAMVID.keys(), _CAMVID.values()
 
 
 def _folder_files(root: Path):
@@ -183,24 +178,29 @@ def _folder_files(root: Path):
     listed = root / "classes.txt"
     if not listed.is_file():
         raise InputError(f"{listed}: missing; it lists the class names, one a line, id 0 first")
-    class_names = listed.read_text(encoding="utf-8").split("\n")
-    class_names = [line.strip() for line in class_names if line.strip()]
+    class_names = list(filter(None, map(str.strip, listed.read_text("utf-8").splitlines())))
     if not 2 <= len(class_names) < _INVALID:
         raise InputError(f"{listed}: {len(class_names)} classes; 2 to {_INVALID - 1} are possible")
-    parts = {"test": {}}
-    for part in ("train", "val"):
-        images = _by_stem(root / "images" / part, _IMAGE_SUFFIXES)
-        labels = _by_stem(root / "labels" / part, (".png",))
-        _refuse_unpaired(labels, images, root / "images" / part)
-        if part == "val":
-            _refuse_unpaired(images, labels, root / "labels" / part)
-        parts[part] = {stem: (images[stem], labels.get(stem)) for stem in images}
+    files = {
+        part: _pairs(root / "images" / part, root / "labels" / part, unlabeled=part == "train")
+        for part in ("train", "val")
+    }
     table = _table({i: i for i in range(len(class_names))})
-    return parts, table, class_names, voc_palette(len(class_names))
+    return files, table, class_names, voc_palette(len(class_names))
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...], *, needed: bool = True) -> dict[str, Path]:
-    """Files below folder with one of the suffixes, by their path without suffix."""
+def _pairs(images: Path, labels: Path, *, unlabeled: bool = False) -> dict:
+    """Name (path without suffix) -> image and label path; unlabeled: or None for the label."""
+    image_of, label_of = _by_stem(images, _IMAGE_SUFFIXES), _by_stem(labels, (".png",))
+    for name in sorted(label_of.keys() ^ image_of.keys()):
+        if name in label_of or not unlabeled:
+            alone, other = (label_of, images) if name in label_of else (image_of, labels)
+            raise InputError(f"{alone[name]}: no file of the same name in {other}")
+    return {name: (image_of[name], label_of.get(name)) for name in image_of}
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files below folder with one of the suffixes, by their path without it."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
@@ -208,16 +208,10 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], *, needed: bool = True) ->
             if stem in found:
                 raise InputError(f"{path}: {found[stem].name} beside it has the same name")
             found[stem] = path
-    if needed and not found:
+    if not found:
         state = f"holds no {', '.join(suffixes)} file" if folder.is_dir() else "no such folder"
         raise InputError(f"{folder}: {state}")
     return found
-
-
-def _refuse_unpaired(files: dict[str, Path], partners: dict[str, Path], folder: Path) -> None:
-    if alone := sorted(set(files) - set(partners)):
-        more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
-        raise InputError(f"{files[alone[0]]}: no file of the same name in {folder}{more}")
 
 
 def _table(train_ids: dict[int, int]) -> np.ndarray:
@@ -237,58 +231,46 @@ def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:
-    """Height and width, from the headers; InputError if they cannot be read or differ."""
+    """Width and height, from the headers; InputError if they cannot be read or differ."""
     size = _open(image_path).size
     if label_path is not None and (label_size := _open(label_path).size) != size:
-        raise InputError(
-            f"{label_path}: {label_size[0]}x{label_size[1]} pixels, "
-            f"but {image_path} has {size[0]}x{size[1]}"
-        )
-    return size[::-1]
+        raise InputError(f"{label_path}: {label_size} pixels, but {image_path.name} has {size}")
+    return size
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, *, decode: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
+            if decode:
+                image.load()
             return image
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         empty = path.is_file() and path.stat().st_size == 0
-        reason = "the file is empty" if empty else f"not a readable image ({error})"
+        reason = "an empty file" if empty else f"a damaged file or not an image ({error})"
         raise InputError(f"{path}: {reason}") from error
 
 
 def read_image(path: Path) -> Image.Image:
     """An image file as RGB. InputError where it is damaged or has more than 8 bits a channel."""
-    image = _open(path)
+    image = _open(path, decode=True)
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
-    return _decode(path).convert("RGB")
+    return image.convert("RGB")
 
 
 def _read_label(path: Path, table: np.ndarray) -> np.ndarray:
-    image = _decode(path)
-    if image.mode not in ("L", "P"):
-        raise InputError(
-            f"{path}: a label is an 8-bit grey or palette PNG of class ids, not mode {image.mode}"
-        )
+    # Pillow stretches grey values of fewer bits to 0-255; ids must be read as they are.
+    stretched = _open(path).tile[0][3] in ("L;2", "L;4")
+    image = _open(path, decode=True)
+    if image.mode not in ("L", "P") or stretched:
+        raise InputError(f"{path}: a label is an 8-bit grey or palette PNG of class ids")
     ids = np.asarray(image)
     label = table[ids]
     if (label == _INVALID).any():
-        wrong = np.unique(ids[label == _INVALID])[:5].tolist()
-        raise InputError(
-            f"{path}: label id {', '.join(map(str, wrong))} is not one of the data set's "
-            f"{np.flatnonzero(table < _INVALID).tolist()} or void {VOID}"
-        )
+        wrong = ", ".join(map(str, np.unique(ids[label == _INVALID])[:5]))
+        known = np.flatnonzero(table < _INVALID).tolist()
+        raise InputError(f"{path}: label id {wrong} is none of {known} and not void, {VOID}")
     return label
-
-
-def _decode(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: damaged or truncated image ({error})") from error
 
 
 # ---- Labeled and unlabeled ----

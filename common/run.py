@@ -206,7 +206,7 @@ class Run:
         left = time.strftime("%H:%M:%S", time.gmtime((self.recipe.iterations - done) / rate))
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         miou = "" if self.miou is None else f"  mIoU {100 * self.miou:.2f}%"
-        memory = f"{_peak_memory(self.args.device):.2f} GiB"
+        memory = f"{peak_memory(self.args.device):.2f} GiB"
         progress = f"[{done}/{self.recipe.iterations}] {values}{miou}"
         print(f"{progress}  {rate:.2f} steps/s  {left} left  {memory}", flush=True)
 
@@ -301,7 +301,7 @@ class Run:
             **scores,
             "seconds": round(self.seconds, 1),
             "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
-            "peak_memory_gib": round(_peak_memory(self.args.device), 2),
+            "peak_memory_gib": round(peak_memory(self.args.device), 2),
         }
         text = json.dumps(result, indent=1)
         _write_atomically(self.folder / "result.json", lambda path: path.write_text(text))
@@ -347,7 +347,7 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """GiB: what CUDA's allocator held, else the most that this process had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

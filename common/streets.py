@@ -245,13 +245,13 @@ def post(scene, x, z):
         bulb = box(arm - 0.35, arm + 0.35, height - 0.3, height)
         scene.face(bulb, z, VOID, (255, 235, 180), glow=float(scene.lit))
     elif kind == "light":
-        scene.face(box(x - 0.36, x + 0.36, height - 1.5, height), z, SIGN, scene.tone((30, 32, 32), 6))
+        scene.face(box(x - 0.42, x + 0.42, height - 1.7, height), z, SIGN, scene.tone((30, 32, 32), 6))
         k, colour = rng.choice(((0, (60, 240, 130)), (1, (250, 190, 40)), (2, (250, 50, 40))))
-        lens = blob(rng, x, height - 1.23 + 0.48 * k, 0.2, 0.2, 8, 0)
+        lens = blob(rng, x, height - 1.4 + 0.55 * k, 0.24, 0.24, 8, 0)
         scene.face(lens, z, SIGN, colour, glow=0.9)
     else:
         colour = rng.choice(((200, 30, 36), (36, 70, 170), (230, 230, 230), (235, 190, 40)))
-        corners, radius = rng.choice((3, 4, 10)), rng.uniform(0.6, 0.8)
+        corners, radius = rng.choice((3, 4, 10)), rng.uniform(0.7, 0.9)
         scene.face(blob(rng, x, height, radius, radius, corners, 0), z, SIGN, (235, 235, 230))
         inner = blob(rng, x, height, 0.8 * radius, 0.8 * radius, corners, 0)
         scene.face(inner, z, SIGN, scene.tone(colour, 10))
@@ -365,7 +365,7 @@ def furnish(scene):
             if rng.random() < 0.25:
                 things.append((end - 0.1, hedge, (side, z, end)))
             z = end
-        for z in range(4, 22, rng.choice((5, 6, 8))):
+        for z in range(4, 17, rng.choice((4, 5, 6))):
             spot = z + rng.uniform(0, 4)
             stem = post if rng.random() < 0.75 else tree
             things.append((spot, stem, (kerb + out * rng.uniform(0.4, 0.9), spot)))
@@ -374,8 +374,8 @@ def furnish(scene):
             if rng.random() < 0.6:
                 things.append((z, car, (kerb - out * 1.1, z, rng.choice((1, out)))))
             z += rng.uniform(6, 9)
-        for _ in range(rng.randrange(2, 5)):
-            spot = rng.uniform(3.5, 9)
+        for _ in range(rng.randrange(1, 5)):
+            spot = rng.uniform(3.5, 7.5)
             things.append((spot, person, (rng.uniform(kerb + out * 0.5, front), spot)))
     for heading, lane in ((-1, 0.3), (1, 0.7)):
         if rng.random() < 0.6:
@@ -385,7 +385,7 @@ def furnish(scene):
         z = rng.uniform(9, 20)
         things.append((z, car, (rng.uniform(-8, 4), z, 0)))
     for _ in range(rng.choice((0, 1, 1, 2))):
-        z = rng.uniform(4, 9)
+        z = rng.uniform(3.5, 8)
         things.append((z, person, (rng.uniform(*scene.kerb), z)))
     for _, paint, place in sorted(things, key=lambda thing: -thing[0]):
         paint(scene, *place)

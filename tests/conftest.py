@@ -18,7 +18,7 @@ def write_pair(image_path: Path, label_path: Path | None, size, num_classes: int
     rng = np.random.default_rng(seed)
     label = np.kron(rng.integers(0, num_classes, (4, 4)), np.ones((size[0] // 4, size[1] // 4)))
     label = label.astype(np.uint8)
-    noise = rng.integers(0, 30, (*label.shape, 3))
+    noise = rng.integers(0, 20, (*label.shape, 3))
     image = np.stack([label * 20, 220 - label * 20, label * 9], -1) + noise
     image_path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(image_path)

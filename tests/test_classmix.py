@@ -129,14 +129,13 @@ def test_cut_mask_is_one_box_of_half_the_area(size, tolerance):
 def test_cut_mask_draws_width_and_place_uniformly():
     count, height, width = 40_000, 12, 8
     inside = ~classmix.cut_mask(count, (height, width), generator=generator())
-    for dim, length in ((1, width), (2, height)):
-        for w in range(width // 2, width + 1):
-            of_width = inside[inside.any(1).sum(1) == w]
-            places = length - (w if dim == 1 else round(height * width / 2 / w)) + 1
-            counts = torch.bincount(of_width.any(dim).long().argmax(1), minlength=places)
-            expected = count / 5 / places  # 5 widths
-            assert len(counts) == places
-            assert (counts - expected).abs().max() < 4.5 * math.sqrt(expected)
+    for w in range(width // 2, width + 1):
+        box = inside[inside.any(1).sum(1) == w]
+        lefts, tops = width - w + 1, height - round(height * width / 2 / w) + 1
+        place = box.any(1).long().argmax(1) * tops + box.any(2).long().argmax(1)
+        counts, expected = torch.bincount(place), count / 5 / (lefts * tops)  # of 5 widths
+        assert len(counts) == lefts * tops
+        assert (counts - expected).abs().max() < 4.5 * math.sqrt(expected)
 
 
 @pytest.mark.parametrize(

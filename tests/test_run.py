@@ -189,11 +189,11 @@ BAD_TREES = {
     "id": (lambda r: [relabel(p) for p in (r / "trainannot").iterdir()], "label id 77"),
     "other size": (
         lambda r: Image.new("L", (64, 47)).save(r / "trainannot/001.png"),
-        "64x47",
+        "(64, 47)",
     ),
     "colour label": (
         lambda r: [Image.new("RGB", (64, 48)).save(p) for p in (r / "trainannot").iterdir()],
-        "mode RGB",
+        "8-bit grey or palette",
     ),
     "16 bit": (
         lambda r: Image.fromarray(np.zeros((48, 64), np.uint16)).save(r / "train/002.png"),
