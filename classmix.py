@@ -179,7 +179,8 @@ def cut_mask(
     """
     height, width = size
     draw = torch.rand(3, batch, 1, 1, generator=generator, device=device)
-    box_width = (width / 2 + draw[0] * (width / 2 + 1)).floor().clamp(max=width)
+    narrowest = (width + 1) // 2
+    box_width = (narrowest + draw[0] * (width - narrowest + 1)).floor().clamp(max=width)
     box_height = (height * width / 2 / box_width).round().clamp(max=height)
     left = (draw[1] * (width - box_width + 1)).floor()
     top = (draw[2] * (height - box_height + 1)).floor()

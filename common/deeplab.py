@@ -6,8 +6,8 @@ ImageNet weights from torchvision fit by name; up to layer1 the network is then 
 it (stride position, dilation of the first blocks) it is not, as in the papers' code.
 """
 
-import urllib.error
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -160,35 +160,39 @@ def load_weights(model: DeepLabV2, source: str | Path) -> Loaded:
     if str(source) == "none":
         return Loaded("none (Kaiming initialisation)", [], [], [])
     state = _imagenet_state() if str(source) == "imagenet" else _read_state(Path(source))
-    caffe = any(key.startswith("layer5.") for key in state)
-    kind = "Caffe-style DeepLab" if caffe else "torchvision ImageNet"
-    state = {key.replace("layer5.conv2d_list.", "classifiers."): v for key, v in state.items()}
-    own = model.state_dict()
-    own_keys = [k for k in own if k not in ("mean", "std") and "num_batches_tracked" not in k]
-    matched = [k for k in own_keys if k in state and state[k].shape == own[k].shape]
-    missing = sorted(set(own_keys) - set(matched))
-    if trunk := [key for key in missing if not key.startswith("classifiers.")]:
-        differs = [key for key in trunk if key in state]
-        raise InputError(
-            f"--weights {source}: the backbone does not fit: "
-            + (f"other shapes: {_some(differs)}" if differs else f"not in the file: {_some(trunk)}")
-            + " (expected the layers and width of this network, ClassMix or torchvision key names)"
-        )
-    chosen = {key: state[key] for key in matched}
-    if caffe:
-        chosen["conv1.weight"] = chosen["conv1.weight"].flip(1)
-        chosen["mean"] = torch.tensor(CAFFE_MEAN).view(3, 1, 1) / 255
-        chosen["std"] = torch.full((3, 1, 1), 1 / 255)
-    model.load_state_dict(chosen, strict=False)
+    kind = "torchvision ImageNet"
+    if any(key.startswith("layer5.") for key in state):
+        kind = "Caffe-style DeepLab"
+        state = {k.replace("layer5.conv2d_list.", "classifiers."): v for k, v in state.items()}
+        state["mean"] = torch.tensor(CAFFE_MEAN).view(3, 1, 1) / 255
+        state["std"] = torch.full((3, 1, 1), 1 / 255)
+        if "conv1.weight" in state:
+            state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
+    elif "mean" in state and "std" in state:
+        kind = "this repository's"
+    else:
+        state["mean"] = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+        state["std"] = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    own = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+    matched = [key for key in own if key in state and state[key].shape == own[key].shape]
+    missing = [key for key in own if key not in matched]
     unused = [k for k in state if k not in matched and "num_batches_tracked" not in k]
-    return Loaded(kind, matched, missing, unused)
+    head = ("classifiers.", "fc.")
+    if wrong := [key for key in dict.fromkeys(missing + unused) if not key.startswith(head)]:
+        raise InputError(
+            f"--weights {source}: the backbone does not fit this network (its layers and width, "
+            f"and the key names of torchvision or of the ClassMix code): {_some(wrong)}"
+        )
+    model.load_state_dict({key: state[key] for key in matched}, strict=False)
+    from_file = [key for key in matched if key not in ("mean", "std")]
+    return Loaded(kind, from_file, missing, unused)
 
 
 def _imagenet_state() -> dict[str, Tensor]:
     weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
+    except (OSError, HTTPException, RuntimeError) as error:
         raise InputError(
             f"--weights imagenet: cannot download {weights.url} ({error}); fetch it elsewhere and "
             f"put it in {torch.hub.get_dir()}/checkpoints, or pass --weights FILE or --weights none"
@@ -204,9 +208,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise InputError(f"--weights {path}: not a file of tensors as torch.save writes") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+    tensors = state.items() if isinstance(state, dict) else ()
+    tensors = {str(k).removeprefix("module."): v for k, v in tensors if isinstance(v, Tensor)}
+    if not tensors:
         raise InputError(f"--weights {path}: holds no state dict")
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    return tensors
 
 
 def _some(names: list[str]) -> str:

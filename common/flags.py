@@ -2,12 +2,13 @@
 
 import argparse
 import inspect
+import itertools
 import math
 import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = No
     args.method = method
     folder = args.output_dir or default_folder(recipe, args, recipes)
     if source == "auto":
-        source = _newest(folder)
+        source = _newest([Path(folder)] if args.output_dir else numbered(folder))
     args.checkpoint = None
     if source is not None:
         checkpoint = read_checkpoint(Path(source), method)
@@ -136,6 +137,8 @@ def _settle(defaults: dict, given: dict, recipes: dict, checkpoint: dict | None)
         recipe = recipes[args["dataset"]]
     else:
         args.update(checkpoint["args"])
+        if "resume" not in given:  # bf16 on a CPU is of no use
+            args["precision"] = None
         try:
             recipe = type(next(iter(recipes.values())))(**checkpoint["recipe"])
         except TypeError as error:
@@ -178,19 +181,17 @@ def default_folder(recipe, args: argparse.Namespace, recipes: dict) -> str:
     return str(Path("runs") / "_".join(parts))
 
 
-def numbered(folder: str) -> typing.Iterator[Path]:
+def numbered(folder: str) -> Iterator[Path]:
     """FOLDER, FOLDER-2, FOLDER-3, ..."""
     yield Path(folder)
     yield from (Path(f"{folder}-{k}") for k in range(2, 10_000))
 
 
-def _newest(folder: str) -> Path | None:
-    """last.pt in the last of FOLDER, FOLDER-2, ... that has one."""
-    newest = None
-    for candidate in numbered(folder):
-        if not candidate.exists():
-            return newest
-        newest = candidate / "last.pt" if (candidate / "last.pt").exists() else newest
+def _newest(folders: Iterable[Path]) -> Path | None:
+    """The last.pt of the last of the folders that has one; ends at the first that is not there."""
+    there = itertools.takewhile(Path.exists, folders)
+    found = [folder / "last.pt" for folder in there if (folder / "last.pt").exists()]
+    return found[-1] if found else None
 
 
 def read_checkpoint(path: Path, method: str) -> dict:

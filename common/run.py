@@ -86,10 +86,13 @@ class Run:
         self.log_every = max(10, min(100, length // 50))
         self.eval_every = args.eval_every or max(1, length // 8)
         self.save_every = args.save_every or max(1, length // 40)
+        if args.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            state["student"].to(memory_format=torch.channels_last)
+            state["teacher"].to(memory_format=torch.channels_last)
         if args.compile:
             state["student"].compile()
             state["teacher"].compile()
-        torch.backends.cudnn.benchmark = True
         self._announce(weights)
 
     def batches(self, batch_size: int, transform: Callable, *, warmup: int) -> list[Iterator]:
@@ -132,23 +135,20 @@ class Run:
             return
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.clock = time.perf_counter()
-        while self.iteration < last:
-            yield self.iteration
-            done = self.iteration + 1
-            if done % self.log_every == 0:
-                self._progress(done)
-            if done % self.save_every == 0 or done == last or self.signal:
-                self._save(done)
-            if self.signal and done < last:
-                print(
-                    f"stopped by {signal.Signals(self.signal).name} after iteration {done}; go on "
-                    f"with python {self.args.method}.py --resume {self.folder / 'last.pt'}",
-                    file=sys.stderr,
-                )
-                sys.exit(128 + self.signal)
-            self.iteration = done
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        try:
+            while self.iteration < last:
+                yield self.iteration
+                done = self.iteration + 1
+                if done % self.log_every == 0:
+                    self._progress(done)
+                if done % self.save_every == 0 or done == last or self.signal:
+                    self._save(done)
+                if self.signal and done < last:
+                    self._leave(done)
+                self.iteration = done
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def log(self, **values: Tensor) -> None:
         """Add scalars of this step to the means of the next progress line; waits for nothing."""
@@ -244,13 +244,15 @@ class Run:
         _write_atomically(self.folder / "last.pt", partial(torch.save, checkpoint))
 
     def _config(self) -> dict:
-        kept = dict(vars(self.args), device=str(self.args.device))
-        for name in ("checkpoint", "resume", "evaluate", "predict", "out", "output_dir"):
-            kept.pop(name)
+        machine = ("device", "workers", "compile")
+        passing = ("checkpoint", "resume", "evaluate", "predict", "out", "method")
+        folder = ("output_dir", "output_dir_given")
+        args = vars(self.args).items()
         return {
             "method": self.args.method,
             "recipe": asdict(self.recipe),
-            "args": kept,
+            "args": {k: v for k, v in args if k not in (*machine, *passing, *folder)},
+            "device": str(self.args.device),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "commit": _commit(),
         }
@@ -318,6 +320,12 @@ class Run:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def _leave(self, done: int) -> None:
+        name, kept = signal.Signals(self.signal).name, self.folder / "last.pt"
+        command = f"python {self.args.method}.py --resume {kept}"
+        print(f"stopped by {name} after iteration {done}; go on with {command}", file=sys.stderr)
+        sys.exit(128 + self.signal)
 
     def _on_signal(self, number: int, _) -> None:
         if self.signal:  # asked twice: at once
@@ -401,9 +409,12 @@ def _evaluate_checkpoint(recipe, args: argparse.Namespace, network: Callable) ->
 def _predict_pictures(recipe, args: argparse.Namespace, network: Callable) -> None:
     if len(args.predict) < 2:
         raise InputError("--predict: give a checkpoint and at least one image")
+    paths = [Path(name) for name in args.predict[1:]]
+    if len({path.stem for path in paths}) < len(paths):
+        raise InputError("--predict: two pictures have the same name; they would share a file")
     best = _load_network(recipe, args, network, args.checkpoint["headline"])
     folder = Path(args.out)
-    for path in map(Path, args.predict[1:]):
+    for path in paths:
         picture, prediction = predict(best, path, recipe.size, args.device)
         try:
             folder.mkdir(parents=True, exist_ok=True)
