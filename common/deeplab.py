@@ -160,6 +160,7 @@ def load_weights(model: DeepLabV2, source: str | Path) -> Loaded:
     if str(source) == "none":
         return Loaded("none (Kaiming initialisation)", [], [], [])
     state = _imagenet_state() if str(source) == "imagenet" else _read_state(Path(source))
+    state = dict(state)
     kind = "torchvision ImageNet"
     if any(key.startswith("layer5.") for key in state):
         kind = "Caffe-style DeepLab"

@@ -123,8 +123,8 @@ class Scene:
         fall = self.sun * height
         spans = ((x0 + min(fall, 0), x1 + max(fall, 0), self.beam), (x0, x1, 0.5))
         for left, right, dark in spans:
-            corners = ((left, 0, z0), (right, 0, z0), (right, 0, z1), (left, 0, z1))
-            self.shade_pen.polygon(self.project(corners), fill=int(255 - 255 * dark))
+            corners = self.project(((left, 0, z0), (right, 0, z0), (right, 0, z1), (left, 0, z1)))
+            self.shade_pen.polygon(corners, fill=int(255 - 255 * dark))
 
     def tone(self, colour, spread=18.0) -> list[float]:
         """A colour near the given one."""
@@ -209,8 +209,7 @@ def tree(scene: Scene, x, z):
     rng = scene.rng
     trunk, radius = rng.uniform(1.5, 3), rng.uniform(1.0, 2.4)
     leaves = scene.tone(scene.season if rng.random() < 0.7 else rng.choice(FOLIAGE))
-    bark = scene.tone((72, 58, 46))
-    scene.face(mirror(x, (0.15, 0), (0.15, trunk + 1)), z, VEGETATION, bark)
+    scene.face(box(x - 0.15, x + 0.15, 0, trunk + 1), z, VEGETATION, scene.tone((72, 58, 46)))
     for part in range(3):
         dx, dy = (rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.8)) if part else (0, 0)
         place = (x + dx * radius, trunk + radius + dy * radius, radius * (0.6 if part else 1))
@@ -238,15 +237,13 @@ def post(scene: Scene, x, z):
         scene.face(box(min(x, arm), max(x, arm), top - 0.16, top), z, VOID, metal)
         scene.face(box(arm - 0.35, arm + 0.35, top - 0.3, top), z, VOID, LAMP, glow=scene.lit)
     elif kind == "light":
-        case = mirror(x, (0.42, top - 1.7), (0.42, top))
-        scene.face(case, z, SIGN, scene.tone((30, 32, 32), 6))
+        scene.face(box(x - 0.42, x + 0.42, top - 1.7, top), z, SIGN, scene.tone((30, 32, 32), 6))
         k, lens = rng.choice(LENSES)
         scene.face(blob(rng, x, top - 1.4 + 0.55 * k, 0.24, 8), z, SIGN, lens, glow=0.9)
     else:
         colour, corners, radius = rng.choice(SIGNS), rng.choice((3, 4, 10)), rng.uniform(0.7, 0.9)
         scene.face(blob(rng, x, top, radius, corners), z, SIGN, (235, 235, 230))
-        inner = blob(rng, x, top, 0.8 * radius, corners)
-        scene.face(inner, z, SIGN, scene.tone(colour, 10))
+        scene.face(blob(rng, x, top, 0.8 * radius, corners), z, SIGN, scene.tone(colour, 10))
     scene.shadow(x - half, x + half, z, z + 0.2, top)
 
 
@@ -266,8 +263,7 @@ def car(scene: Scene, x, z, heading):
     dark = [0.8 * value for value in paint]
     for shape, colour in zip(shapes, (dark, glass, TYRE, TYRE), strict=True):
         if heading:
-            side = x - math.copysign(wide, x)
-            scene.wall([(z + a, y) for a, y in shape], side, CAR, colour)
+            scene.wall([(z + a, y) for a, y in shape], x - math.copysign(wide, x), CAR, colour)
         else:
             scene.face([(x + a, y) for a, y in shape], z, CAR, colour)
     if not heading:
@@ -297,8 +293,8 @@ def person(scene: Scene, x, z):
     torso = ((half * 0.8, hip - 0.1), (half, neck - 0.1), (0.1, neck))
     scene.face(mirror(x, *torso), z, PERSON, coat)
     scene.face(blob(rng, x, tall - 0.14, 0.12, 8, squeeze=1.25), z, PERSON, skin)
-    hair = mirror(x, (0.11, tall - 0.1), (0.11, tall + 0.02))
-    scene.face(hair, z, PERSON, scene.tone(rng.choice(HAIR), 8))
+    hair = scene.tone(rng.choice(HAIR), 8)
+    scene.face(box(x - 0.11, x + 0.11, tall - 0.1, tall + 0.02), z, PERSON, hair)
     scene.shadow(x - half, x + half, z, z + 0.3, tall)
 
 
@@ -317,28 +313,25 @@ def furnish(scene: Scene):
             if rng.random() < 0.25:
                 things.append((end - 0.1, hedge, (side, z, end)))
             z = end
-        for z in range(4, 17, rng.choice((4, 5, 6))):
-            spot = z + rng.uniform(0, 4)
-            stem = post if rng.random() < 0.75 else tree
-            things.append((spot, stem, (kerb + out * rng.uniform(0.4, 0.9), spot)))
+        for start in range(4, 17, rng.choice((4, 5, 6))):
+            z, stem = start + rng.uniform(0, 4), post if rng.random() < 0.75 else tree
+            things.append((z, stem, (kerb + out * rng.uniform(0.4, 0.9), z)))
         z = rng.uniform(3, 12)
         while z < 32:
             if rng.random() < 0.6:
                 things.append((z, car, (kerb - out * 1.1, z, rng.choice((1, out)))))
             z += rng.uniform(6, 9)
         for _ in range(rng.randrange(1, 5)):
-            spot = rng.uniform(3.5, 7.5)
-            things.append((spot, person, (rng.uniform(kerb + out * 0.5, front), spot)))
+            z, x = rng.uniform(3.5, 7.5), rng.uniform(kerb + out * 0.5, front)
+            things.append((z, person, (x, z)))
     for heading, lane in ((-1, 0.3), (1, 0.7)):
         if rng.random() < 0.6:
             z, (left, right) = rng.uniform(7, 35), scene.kerb
             things.append((z, car, (left + lane * (right - left), z, heading)))
     if rng.random() < 0.25:  # crossing traffic
-        z = rng.uniform(9, 20)
-        things.append((z, car, (rng.uniform(-8, 4), z, 0)))
+        things.append((z := rng.uniform(9, 20), car, (rng.uniform(-8, 4), z, 0)))
     for _ in range(rng.choice((0, 1, 1, 2))):
-        z = rng.uniform(3.5, 8)
-        things.append((z, person, (rng.uniform(*scene.kerb), z)))
+        things.append((z := rng.uniform(3.5, 8), person, (rng.uniform(*scene.kerb), z)))
     for _, paint, place in sorted(things, key=lambda thing: -thing[0]):
         paint(scene, *place)
 
@@ -396,8 +389,7 @@ def draw(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.n
     image, glow, name = render(scene)
     rng, pixels = scene.rng, np.random.default_rng((seed, index))
     if scene.lit:
-        reach = max(size[0] // 8, 1)
-        image += 1.2 * ndimage.uniform_filter(glow, (reach, reach, 0))
+        image += 1.2 * ndimage.uniform_filter(glow, max(size[0] // 8, 1), axes=(0, 1))
     blur = rng.uniform(0.35, 0.75) * (size[0] / 64) ** 0.5
     image = ndimage.gaussian_filter(image, (blur, blur, 0), truncate=2)
     image *= np.float32([rng.gauss(1, 0.04) for _ in "rgb"])
