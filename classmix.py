@@ -47,6 +47,8 @@ from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
 from common.ema import make_teacher, update_teacher
 
+UnlabeledLoss = Literal["cross-entropy", "soft-cross-entropy", "squared-error"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -73,9 +75,7 @@ class Recipe:
     weight_scope: Literal["batch", "sample"] = "batch"  # fraction of what; paper: sample (3.3)
     confidence_threshold: float = 0.968  # tau (4.3)
     ramp_iterations: int = 10_000  # of weighting ramp (4.3)
-    unlabeled_loss: Literal["cross-entropy", "soft-cross-entropy", "squared-error"] = (
-        "cross-entropy"  # pseudo-label, teacher's probabilities, their squared error; table 3
-    )
+    unlabeled_loss: UnlabeledLoss = "cross-entropy"  # of hard labels, else soft ones; table 3
     extra_augmentations: bool = False  # jitter and blur of mixed images; table 3
     jitter: float = 0.25  # brightness, contrast, saturation, hue (code)
     jitter_probability: float = 0.8  # (code)
@@ -86,68 +86,43 @@ class Recipe:
     aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations of the classifiers; code: 6 12
 
 
-VOC = Recipe(
-    size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10
-)  # section 4.1
-STREETS = Recipe(
-    size=(64, 128),
-    batch_size=8,
-    iterations=2_000,
-    warmup=400,
-    optimizer="adam",
-    lr=3e-3,
-    head_factor=1.0,
-    weight_decay=0.0,
-    layers=(1, 1, 1, 1),
-    width=16,
-    aspp_rates=(1, 2, 3, 4),
+VOC = replace(
+    Recipe(), size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10
 )
+SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
+ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
 # Not in the paper: camvid (Cityscapes' recipe at CamVid's size), folder (VOC's), streets.
 RECIPES = {
     "cityscapes": Recipe(),
-    "voc": VOC,
+    "voc": VOC,  # section 4.1
     "camvid": replace(Recipe(), size=(360, 480), flip=True),
     "folder": VOC,
-    "streets": STREETS,
+    "streets": replace(ADAM, flip=True, batch_size=4, iterations=2_000, warmup=300),
 }
 
 
 # ---- The method: depends only on torch; copy from here ----
 
 
-def class_mask(
-    pseudo_label: Tensor,
-    num_classes: int,
-    *,
-    scores: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def class_mask(pseudo_label: Tensor, num_classes: int, *, scores=None, generator=None) -> Tensor:
     """Pixels of a random half of the classes present in each image (alg. 1, l. 4-6).
 
     (B,H,W) int64 -> (B,H,W) bool. Of n classes the floor(n/2) with the lowest scores (B,K) are
     chosen, uniform noise unless given. Ids outside 0..K-1 are never chosen.
     """
-    batch, height, width = pseudo_label.shape
     if scores is None:
-        shape, device = (batch, num_classes), pseudo_label.device
+        shape, device = (len(pseudo_label), num_classes), pseudo_label.device
         scores = torch.rand(shape, generator=generator, device=device)
     in_range = (pseudo_label >= 0) & (pseudo_label < num_classes)
     index = torch.where(in_range, pseudo_label, num_classes).flatten(1)
-    present = torch.zeros(batch, num_classes + 1, dtype=torch.bool, device=scores.device)
+    present = F.pad(torch.zeros_like(scores, dtype=torch.bool), (0, 1))
     present = present.scatter(1, index, True)[:, :num_classes]
     rank = scores.masked_fill(~present, torch.inf).argsort(1).argsort(1)
     chosen = rank < present.sum(1, keepdim=True) // 2
-    return F.pad(chosen, (0, 1)).gather(1, index).view(batch, height, width)
+    return F.pad(chosen, (0, 1)).gather(1, index).view_as(pseudo_label)
 
 
-def cow_mask(
-    batch: int,
-    size: tuple[int, int],
-    *,
-    sigma_range: tuple[float, float],
-    generator: torch.Generator | None = None,
-    device: torch.device | None = None,
-) -> Tensor:
+def cow_mask(batch: int, size: tuple, *, sigma_range: tuple, generator=None, device=None) -> Tensor:
     """Spots of blurred noise above its mean (table 3; French et al. 2020): (B,*size) bool.
 
     One Gaussian per mask, its sigma (pixels) log-uniform in sigma_range. Noise mirrored at the
@@ -166,13 +141,7 @@ def cow_mask(
     return smooth > smooth.mean((1, 2), keepdim=True)
 
 
-def cut_mask(
-    batch: int,
-    size: tuple[int, int],
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | None = None,
-) -> Tensor:
+def cut_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
     """CutMix with half of the area (table 3): (B,*size) bool, False inside one box per mask.
 
     The width is uniform in [W/2, W], the height HW/2 over it, the place uniform.
@@ -273,14 +242,8 @@ def classmix_loss(
 
 def network(recipe: Recipe, num_classes: int, pretrained: bool) -> DeepLabV2:
     """The network of section 4.1; batch-norm affine parameters stay as they were pretrained."""
-    return DeepLabV2(
-        num_classes,
-        layers=recipe.layers,
-        width=recipe.width,
-        rates=recipe.aspp_rates,
-        batch_norm="batch",
-        train_affine=not pretrained,
-    )
+    shape = {"layers": recipe.layers, "width": recipe.width, "rates": recipe.aspp_rates}
+    return DeepLabV2(num_classes, **shape, batch_norm="batch", train_affine=not pretrained)
 
 
 def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor) -> Tensor:
@@ -306,22 +269,16 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     student.to(args.device)
     teacher = make_teacher(student, train_mode=True)
     groups = student.parameter_groups(recipe.lr, recipe.head_factor)
-    optimizer = torch.optim.SGD(
-        groups,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-    if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
+    sgd = partial(torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    make_optimizer = sgd if recipe.optimizer == "sgd" else torch.optim.Adam
+    optimizer = make_optimizer(groups, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
     )
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
-    transform = scale_crop_flip(
-        scale_range=recipe.scale_range, crop=recipe.crop, flip=recipe.flip, mean=student.mean
-    )
+    weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
+    transform = scale_crop_flip(**weak, mean=student.mean)
     strong = jitter_and_blur(
         recipe.jitter, recipe.jitter_probability, recipe.blur_sigma, recipe.blur_probability
     )
@@ -361,8 +318,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         # The code's warm-up of the decay (its line 120): the first step copies the student.
         decay = min(1 - 1 / (iteration + 1), recipe.ema_decay)
         update_teacher(teacher, student, decay=decay, buffers="copy")
-        if session.evaluation_due():
-            session.evaluate(samples)
+        session.evaluate_if_due(samples)
 
 
 def main() -> None:

@@ -18,11 +18,7 @@ def _seeded(transform: Callable, seed: int, *inputs):
 
 
 def scale_crop_flip(
-    *,
-    scale_range: tuple[float, float],
-    crop: tuple[int, int] | None,
-    flip: bool,
-    mean: Tensor,
+    *, scale_range: tuple, crop: tuple | None, flip: bool, mean: Tensor
 ) -> Callable:
     """A loader's transform(seed, image, label): uint8 (3,H,W), (H,W) -> the same, changed alike.
 
@@ -31,14 +27,14 @@ def scale_crop_flip(
     """
     color = [round(255 * value) for value in mean.flatten().tolist()]
     fill = {tv_tensors.Image: color, tv_tensors.Mask: 255}
-    steps = []
+    steps = [_typed]
     if scale_range != (1.0, 1.0):
         steps.append(partial(_scale, scale_range=scale_range))
     if crop is not None:
         steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
     if flip:
         steps.append(v2.RandomHorizontalFlip())
-    return partial(_seeded, v2.Compose([_typed, *steps]))
+    return partial(_seeded, v2.Compose(steps))
 
 
 def _typed(image: Tensor, label: Tensor):
@@ -52,21 +48,14 @@ def _scale(image: Tensor, label: Tensor, scale_range: tuple[float, float]):
 
 
 def jitter_and_blur(
-    jitter: float,
-    jitter_probability: float,
-    blur_sigma: tuple[float, float],
-    blur_probability: float,
+    jitter: float, jitter_probability: float, sigma: tuple[float, float], blur_probability: float
 ) -> Callable:
     """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then blur, each anew.
 
     jitter is torchvision's strength of brightness, contrast, saturation and hue (at most 0.5);
-    blur_sigma (pixels) is a range, whose upper end the kernel exceeds fourfold.
+    sigma (pixels) is a range, whose upper end the blur's kernel exceeds fourfold.
     """
-    kernel = 2 * int(4 * blur_sigma[1] + 1) + 1
-    change = v2.Compose(
-        [
-            v2.RandomApply([v2.ColorJitter(jitter, jitter, jitter, jitter)], jitter_probability),
-            v2.RandomApply([v2.GaussianBlur(kernel, blur_sigma)], blur_probability),
-        ]
-    )
+    kernel = 2 * int(4 * sigma[1] + 1) + 1
+    color = v2.RandomApply([v2.ColorJitter(jitter, jitter, jitter, jitter)], jitter_probability)
+    change = v2.Compose([color, v2.RandomApply([v2.GaussianBlur(kernel, sigma)], blur_probability)])
     return partial(_seeded, lambda image: torch.stack([change(single) for single in image]))

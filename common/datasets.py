@@ -6,13 +6,15 @@ Everywhere here an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, o
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,26 +25,15 @@ VOID = 255
 _INVALID = 254  # in a table of label ids: an id that the data set does not have
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
-# Names and colours of the SegNet version of CamVid; id 11 is void.
-_CAMVID = {
-    "sky": (128, 128, 128),
-    "building": (128, 0, 0),
-    "pole": (192, 192, 128),
-    "road": (128, 64, 128),
-    "pavement": (60, 40, 222),
-    "tree": (128, 128, 0),
-    "sign": (192, 128, 128),
-    "fence": (64, 64, 128),
-    "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0),
-    "bicyclist": (0, 128, 192),
-}
+# Names and colours (hexadecimal RGB) by class id; CamVid's are those of its SegNet version.
+_CAMVID = """sky 808080, building 800000, pole c0c080, road 804080, pavement 3c28de, tree 808000,
+sign c08080, fence 404080, car 400080, pedestrian 404000, bicyclist 0080c0"""
 _STREETS = {"train": 800, "val": 200}  # scenes
 # What the flags --labeled and --weights are where they are not given.
 DEFAULTS = {
     "cityscapes": {"labeled": "1/8", "weights": "imagenet"},
     "voc": {"labeled": "1/8", "weights": "imagenet"},
-    "streets": {"labeled": "16", "weights": "none"},
+    "streets": {"labeled": "32", "weights": "none"},
     "camvid": {"labeled": "30", "weights": "imagenet"},
     "folder": {"labeled": "1.0", "weights": "imagenet"},
 }
@@ -56,28 +47,17 @@ class Images(Dataset):
     image without a label file gets an all-void one.
     """
 
-    def __init__(
-        self,
-        files: dict[str, tuple[Path, Path | None]],
-        label_table: np.ndarray,
-        size: tuple[int, int] | None = None,
-        full_labels: bool = False,
-    ):
+    def __init__(self, files: dict, label_table: np.ndarray, size: tuple | None, full_labels: bool):
         self.names = sorted(files)
         self.files = [files[name] for name in self.names]
-        self.label_table = label_table
-        self.size = size
-        self.full_labels = full_labels
+        self.has_label = [label is not None for _, label in self.files]
+        self.label_table, self.size, self.full_labels = label_table, size, full_labels
         sizes = {_check_pair(image, label) for image, label in self.files}
         # Whether items can be stacked into a batch.
         self.same_size = len(sizes) == 1 or (size is not None and not full_labels)
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def has_label(self, index: int) -> bool:
-        """Whether the image has a label file."""
-        return self.files[index][1] is not None
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, label_path = self.files[index]
@@ -91,28 +71,19 @@ class Images(Dataset):
             image = image.resize(width_height, Image.Resampling.BILINEAR)
             if not self.full_labels:
                 label = label.resize(width_height, Image.Resampling.NEAREST)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return pixels, torch.from_numpy(np.array(label))
+        return TF.pil_to_tensor(image).contiguous(), TF.pil_to_tensor(label)[0]
 
 
-class Scenes(Dataset):
+class Scenes(Images):
     """The drawn streets, held in memory; otherwise as Images."""
 
     def __init__(self, part: str, size: tuple[int, int]):
-        self.names = [f"{part}_{index:05d}" for index in range(_STREETS[part])]
-        self.same_size = True
-        seed = list(_STREETS).index(part)
-        drawn = [streets.draw(seed, index, size) for index in range(len(self.names))]
-        self.images = torch.from_numpy(np.stack([image for image, _ in drawn])).movedim(3, 1)
-        self.images = self.images.contiguous()
-        self.labels = torch.from_numpy(np.stack([label for _, label in drawn]))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def has_label(self, index: int) -> bool:
-        """Every scene has one."""
-        return True
+        count, seed = _STREETS[part], list(_STREETS).index(part)
+        self.names = [f"{part}_{index:05d}" for index in range(count)]
+        self.has_label, self.same_size = [True] * count, True
+        drawn = [streets.draw(seed, index, size) for index in range(count)]
+        images, labels = (torch.from_numpy(np.stack(maps)) for maps in zip(*drawn, strict=True))
+        self.images, self.labels = images.movedim(3, 1).contiguous(), labels
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
@@ -122,11 +93,11 @@ class Scenes(Dataset):
 class Data:
     """A data set: its parts, class names and colours (RGB 0-255), one per class."""
 
-    train: Images | Scenes
-    val: Images | Scenes
+    train: Images
+    val: Images
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    test: Images | Scenes | None = None
+    test: Images | None = None
 
     @property
     def num_classes(self) -> int:
@@ -135,11 +106,7 @@ class Data:
 
 
 def open_dataset(
-    name: str,
-    data_dir: str | Path | None,
-    *,
-    size: tuple[int, int] | None = None,
-    full_labels: bool = False,
+    name: str, data_dir: str | Path | None, *, size: tuple | None = None, full_labels: bool = False
 ) -> Data:
     """Open "streets", "camvid" or "folder"; check every file's header.
 
@@ -147,8 +114,7 @@ def open_dataset(
     keeps the labels of val and test at their own size. InputError names the first bad file.
     """
     if name == "streets":
-        size = size or (64, 128)
-        parts = {part: Scenes(part, size) for part in _STREETS}
+        parts = {part: Scenes(part, size or (64, 128)) for part in _STREETS}
         return Data(**parts, class_names=streets.CLASS_NAMES, palette=streets.PALETTE)
     openers = {"camvid": _camvid_files, "folder": _folder_files}
     if name not in openers:
@@ -157,10 +123,7 @@ def open_dataset(
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
     files, table, class_names, palette = openers[name](root)
-    parts = {
-        part: Images(pairs, table, size, full_labels and part != "train")
-        for part, pairs in files.items()
-    }
+    parts = {p: Images(f, table, size, full_labels and p != "train") for p, f in files.items()}
     return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
 
 
@@ -169,8 +132,9 @@ def _camvid_files(root: Path):
     root = root / "CamVid" if (root / "CamVid" / "train").is_dir() else root
     parts = ["train", "val"] + ["test"] * (root / "test").is_dir()
     files = {part: _pairs(root / part, root / f"{part}annot") for part in parts}
-    table = _table({**{i: i for i in range(len(_CAMVID))}, 11: VOID})
-    return files, table, _CAMVID.keys(), _CAMVID.values()
+    classes = [entry.rsplit(maxsplit=1) for entry in _CAMVID.split(",")]
+    palette = [tuple(bytes.fromhex(color)) for _, color in classes]
+    return files, _table([*range(11), VOID]), [name.strip() for name, _ in classes], palette
 
 
 def _folder_files(root: Path):
@@ -178,15 +142,19 @@ def _folder_files(root: Path):
     listed = root / "classes.txt"
     if not listed.is_file():
         raise InputError(f"{listed}: missing; it lists the class names, one a line, id 0 first")
-    class_names = list(filter(None, map(str.strip, listed.read_text("utf-8").splitlines())))
-    if not 2 <= len(class_names) < _INVALID:
-        raise InputError(f"{listed}: {len(class_names)} classes; 2 to {_INVALID - 1} are possible")
-    files = {
-        part: _pairs(root / "images" / part, root / "labels" / part, unlabeled=part == "train")
-        for part in ("train", "val")
-    }
-    table = _table({i: i for i in range(len(class_names))})
-    return files, table, class_names, voc_palette(len(class_names))
+    names = _lines(listed)
+    if not 2 <= len(names) < _INVALID:
+        raise InputError(f"{listed}: {len(names)} classes; 2 to {_INVALID - 1} are possible")
+    images, labels = root / "images", root / "labels"
+    train = _pairs(images / "train", labels / "train", unlabeled=True)
+    files = {"train": train, "val": _pairs(images / "val", labels / "val")}
+    return files, _table(range(len(names))), names, voc_palette(len(names))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file, without blank ones."""
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _pairs(images: Path, labels: Path, *, unlabeled: bool = False) -> dict:
@@ -214,11 +182,11 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def _table(train_ids: dict[int, int]) -> np.ndarray:
-    """(256,) uint8: id in the file -> training id; 255 is void in every data set."""
+def _table(train_ids: Sequence[int]) -> np.ndarray:
+    """(256,) uint8: id in the file -> training id, from those of 0, 1, ...; 255 is always void."""
     table = np.full(256, _INVALID, np.uint8)
     table[VOID] = VOID
-    table[list(train_ids)] = list(train_ids.values())
+    table[: len(train_ids)] = train_ids
     return table
 
 
@@ -231,10 +199,15 @@ def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:
-    """Width and height, from the headers; InputError if they cannot be read or differ."""
+    """Width and height, from the headers; InputError if these are unreadable or do not fit."""
     size = _open(image_path).size
-    if label_path is not None and (label_size := _open(label_path).size) != size:
-        raise InputError(f"{label_path}: {label_size} pixels, but {image_path.name} has {size}")
+    if label_path is not None:
+        label = _open(label_path)
+        # Pillow stretches grey values of fewer bits to 0-255; ids must be read as they are.
+        if label.mode not in ("L", "P") or label.tile[0][3] in ("L;2", "L;4"):
+            raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
+        if label.size != size:
+            raise InputError(f"{label_path}: {label.size} pixels, but {image_path.name} has {size}")
     return size
 
 
@@ -259,12 +232,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _read_label(path: Path, table: np.ndarray) -> np.ndarray:
-    # Pillow stretches grey values of fewer bits to 0-255; ids must be read as they are.
-    stretched = _open(path).tile[0][3] in ("L;2", "L;4")
-    image = _open(path, decode=True)
-    if image.mode not in ("L", "P") or stretched:
-        raise InputError(f"{path}: a label is an 8-bit grey or palette PNG of class ids")
-    ids = np.asarray(image)
+    ids = np.asarray(_open(path, decode=True))
     label = table[ids]
     if (label == _INVALID).any():
         wrong = ", ".join(map(str, np.unique(ids[label == _INVALID])[:5]))
@@ -276,9 +244,7 @@ def _read_label(path: Path, table: np.ndarray) -> np.ndarray:
 # ---- Labeled and unlabeled ----
 
 
-def split(
-    num_images: int, labeled: str | float | int, seed: int, *, unlabeled: str = "rest"
-) -> tuple[list[int], list[int]]:
+def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tuple[list, list]:
     """Indices (into sorted names) of the labeled and of the unlabeled images.
 
     labeled is a count (int, or text without "." and "/") or a fraction of num_images (float,
@@ -295,37 +261,32 @@ def split(
 def _count(num_images: int, labeled: str | float | int) -> int:
     text = str(labeled)
     try:
-        if "." in text or "/" in text:
-            count = math.floor(Fraction(text) * num_images + Fraction(1, 2))
-            if num_images == 2975 and Fraction(text) == Fraction(1, 30):
-                count = 100  # of Cityscapes, as every paper counts it
-        else:
-            count = int(text)
+        share = Fraction(text) if "." in text or "/" in text else Fraction(int(text), num_images)
     except (ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            f"--labeled {text}: give a count, or a fraction as 0.125 or 1/8"
-        ) from error
+        hint = "give a count, or a fraction as 0.125 or 1/8"
+        raise InputError(f"--labeled {text}: {hint}") from error
+    count = math.floor(share * num_images + Fraction(1, 2))
+    if num_images == 2975 and share == Fraction(1, 30):
+        count = 100  # of Cityscapes, as every paper counts it
     if not 1 <= count <= num_images:
         raise InputError(f"--labeled {text}: {count}; it must be 1 to {num_images} here")
     return count
 
 
-def select(
-    train: Images | Scenes, args, *, batch_size: int, unlabeled: str = "rest"
-) -> tuple[list[int], list[int]]:
+def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> tuple[list, list]:
     """Indices of the labeled and of the unlabeled training images that the flags ask for.
 
     By args.labeled and args.split_seed as split does it, over the images that have labels, or by
     args.labeled_list, each of whose lines is a name or path with or without folders and suffix (of
     two columns, the first). Images without a label are always unlabeled.
     """
-    able = [index for index in range(len(train)) if train.has_label(index)]
+    able = [index for index, has_label in enumerate(train.has_label) if has_label]
     if not able:
         raise InputError("--data-dir: no training image has a label")
     if args.labeled_list is None:
         chosen = [able[k] for k in split(len(able), args.labeled, args.split_seed)[0]]
     else:
-        chosen = _listed(train, Path(args.labeled_list), set(able))
+        chosen = _listed(train, Path(args.labeled_list))
     rest = sorted(set(range(len(train))) - set(chosen))
     rest = rest if rest and unlabeled == "rest" else list(range(len(train)))
     if not args.supervised and len(rest) < batch_size:
@@ -333,19 +294,23 @@ def select(
     return chosen, rest
 
 
-def _listed(train: Images | Scenes, path: Path, able: set[int]) -> list[int]:
+def _listed(train: Images, path: Path) -> list[int]:
     if not path.is_file():
         raise InputError(f"--labeled-list {path}: no such file")
-    by_name = {name: index for index, name in enumerate(train.names)}
-    by_name.update({Path(name).name: index for name, index in by_name.items()})
+    by_name = defaultdict(list)
+    for index, name in enumerate(train.names):
+        by_name[Path(name).name].append(index)
+    by_name |= {name: [index] for index, name in enumerate(train.names)}
     chosen = set()
-    for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
-        candidates = [w for text in (line, line.split()[0]) for w in (text, Path(text).stem)]
-        index = next((by_name[name] for name in candidates if name in by_name), None)
-        if index is None or index not in able:
-            problem = "not a training image" if index is None else "an image without a label"
+    for line in _lines(path):
+        paths = [Path(line), Path(line.split()[0])]
+        candidates = paths + [p.parent / p.stem for p in paths] + [p.stem for p in paths]
+        found = next((by_name[str(name)] for name in candidates if str(name) in by_name), [])
+        if len(found) != 1 or not train.has_label[found[0]]:
+            problems = {0: "not a training image", 1: "an image without a label"}
+            problem = problems.get(len(found), "the name of several training images")
             raise InputError(f"--labeled-list {path}: {line}: {problem}")
-        chosen.add(index)
+        chosen.update(found)
     if not chosen:
         raise InputError(f"--labeled-list {path}: lists no image")
     return sorted(chosen)
@@ -355,71 +320,44 @@ def _listed(train: Images | Scenes, path: Path, able: set[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Transformed(Dataset):
-    """(index, seed) -> image and label through a random transform."""
+class Batches(Dataset):
+    """[t] -> batch t: image uint8 (B,3,H,W), label uint8 (B,H,W), by (seed, stream, t) alone.
 
-    images: Images | Scenes
-    transform: Callable
+    Each item goes through transform(seed, image, label). Each epoch is a new permutation of indices
+    without its ragged last batch; fewer images than a batch repeat within it.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        index, seed = key
-        return self.transform(seed, *self.images[index])
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """The batch sampler of endless: lists of (index, seed)."""
-
+    images: Images
     indices: list[int]
     batch_size: int
+    transform: Callable
     seed: int
     stream: int
-    start: int
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = max(len(self.indices) // self.batch_size, 1)
-        for t in itertools.count(self.start):
-            epoch, k = divmod(t, per_epoch)
-            order = np.random.default_rng((self.seed, self.stream, epoch)).permutation(self.indices)
-            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
-            batch = np.resize(batch, self.batch_size).tolist()  # repeats what is too short
-            seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(len(batch))
-            yield list(zip(batch, seeds.tolist(), strict=True))
+    def __getitem__(self, t: int) -> tuple[Tensor, Tensor]:
+        epoch, k = divmod(t, max(len(self.indices) // self.batch_size, 1))
+        order = np.random.default_rng((self.seed, self.stream, epoch)).permutation(self.indices)
+        batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+        batch = np.resize(batch, self.batch_size).tolist()  # repeats what is too short
+        seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(len(batch))
+        pairs = zip(batch, seeds.tolist(), strict=True)
+        items = [self.transform(seed, *self.images[index]) for index, seed in pairs]
+        return tuple(torch.stack(tensors) for tensors in zip(*items, strict=True))
 
 
-def endless(
-    images: Images | Scenes,
-    indices: list[int],
-    batch_size: int,
-    transform: Callable,
-    *,
-    seed: int,
-    stream: int,
-    start: int,
-    workers: int,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches start, start + 1, ... for ever: RGB float in [0,1] (B,3,H,W), int64 (B,H,W).
-
-    transform(seed, image, label) runs in the loader. Batch t depends on (seed, stream, t) alone.
-    Each epoch is a new permutation without its ragged last batch; fewer images than a batch repeat
-    within it.
-    """
-    loader = DataLoader(
-        _Transformed(images, transform),
-        batch_sampler=_Keys(indices, batch_size, seed, stream, start),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
-    )
+def endless(batches: Batches, start: int, workers: int, device: torch.device) -> Iterator:
+    """Batches from start on: RGB float in [0,1] (B,3,H,W), label int64 (B,H,W), on the device."""
+    cuda = device.type == "cuda"
+    options = {"num_workers": workers, "pin_memory": cuda, "worker_init_fn": start_worker}
+    loader = DataLoader(batches, batch_size=None, sampler=itertools.count(start), **options)
     for image, label in loader:
         image = image.to(device, non_blocking=True).float().div_(255)
-        if device.type == "cuda":
+        if cuda:
             image = image.contiguous(memory_format=torch.channels_last)
         yield image, label.to(device, non_blocking=True).long()
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Ctrl-C reaches the whole process group: the main process saves, workers must live on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,50 +2,25 @@
 
 The layout is that of the DeepLab authors' Caffe model, which all four papers train: stride on the
 first 1x1 convolution, ceil_mode in the max-pool, dilation 2 and 4 in every block of stages 3 and 4.
-ImageNet weights from torchvision fit by name; up to layer1 the network is then torchvision's, after
-it (stride position, dilation of the first blocks) it is not, as in the papers' code.
+torchvision's ImageNet weights fit by name, though its network differs behind layer1 (stride
+position, dilation of the first blocks), as in the papers' code.
 """
 
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from common import InputError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB, of [0,1]
-CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)  # RGB, of 0-255; no division by a std
-
-
-class Bottleneck(nn.Module):
-    """1x1, dilated 3x3, 1x1 with a shortcut; the stride is on the first 1x1 (Caffe layout)."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int):
-        super().__init__()
-        out_channels = 4 * channels
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(
-            channels, channels, 3, padding=dilation, dilation=dilation, bias=False
-        )
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-                nn.BatchNorm2d(out_channels),
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+# Mean and standard deviation that weights expect, RGB: of [0,1]; of 0-255, not divided by a std.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CAFFE = (122.67891434, 116.66876762, 104.00698793), (1.0, 1.0, 1.0)
 
 
 class DeepLabV2(nn.Module):
@@ -73,8 +48,8 @@ class DeepLabV2(nn.Module):
         self.frozen_statistics = batch_norm == "frozen"
         self.feature_channels = 32 * width
         # In the state dict, because they belong to the weights.
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+        for name, value in zip(("mean", "std"), IMAGENET, strict=True):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
@@ -82,10 +57,8 @@ class DeepLabV2(nn.Module):
         self.layer2 = _stage(4 * width, 2 * width, layers[1], stride=2, dilation=1)
         self.layer3 = _stage(8 * width, 4 * width, layers[2], stride=1, dilation=2)
         self.layer4 = _stage(16 * width, 8 * width, layers[3], stride=1, dilation=4)
-        self.classifiers = nn.ModuleList(
-            nn.Conv2d(self.feature_channels, num_classes, 3, padding=rate, dilation=rate)
-            for rate in rates
-        )
+        heads = (nn.Conv2d(32 * width, num_classes, 3, padding=r, dilation=r) for r in rates)
+        self.classifiers = nn.ModuleList(heads)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -114,79 +87,75 @@ class DeepLabV2(nn.Module):
     def train(self, mode: bool = True) -> "DeepLabV2":
         """As nn.Module.train, but frozen batch norm stays in eval mode."""
         super().train(mode)
-        if self.frozen_statistics:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        for module in self.modules():
+            if self.frozen_statistics and isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
     def parameter_groups(self, lr: float, head_factor: float) -> list[dict]:
         """Trainable backbone parameters at lr, classifiers at head_factor * lr, each once."""
-        head = list(self.classifiers.parameters())
-        in_head = set(map(id, head))
-        trunk = [p for p in self.parameters() if p.requires_grad and id(p) not in in_head]
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        head = [p for name, p in named if name.startswith("classifiers.")]
+        trunk = [p for name, p in named if not name.startswith("classifiers.")]
         return [{"params": trunk, "lr": lr}, {"params": head, "lr": head_factor * lr}]
 
 
-def _stage(in_channels: int, channels: int, blocks: int, *, stride: int, dilation: int):
-    first = Bottleneck(in_channels, channels, stride, dilation)
-    rest = (Bottleneck(4 * channels, channels, 1, dilation) for _ in range(blocks - 1))
+def _stage(in_channels: int, width: int, blocks: int, *, stride: int, dilation: int):
+    shortcut = nn.Sequential(
+        nn.Conv2d(in_channels, 4 * width, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * width)
+    )
+    first = Bottleneck(in_channels, width, downsample=shortcut, dilation=dilation)
+    first.conv1.stride = (stride, stride)  # torchvision has it on conv2
+    rest = (Bottleneck(4 * width, width, dilation=dilation) for _ in range(blocks - 1))
     return nn.Sequential(first, *rest)
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What load_weights did: the kind of file, and the tensors that fitted, lacked, were left."""
+class Loaded(NamedTuple):
+    """What load_weights did: the kind of file and the names of tensors."""
 
     kind: str
     matched: list[str]
-    missing: list[str]  # of the network; keep their initialisation
+    missing: list[str]  # of the network; they keep their initialisation
     unused: list[str]  # of the file
 
     def __str__(self) -> str:
-        parts = [f"{self.kind}, {len(self.matched)} tensors matched"]
-        parts += [f"kept at initialisation: {_some(self.missing)}"] if self.missing else []
-        parts += [f"left out of the file: {_some(self.unused)}"] if self.unused else []
-        return "; ".join(parts)
+        parts = {"kept at initialisation": self.missing, "left out of the file": self.unused}
+        texts = [f"; {what}: {_some(names)}" for what, names in parts.items() if names]
+        return f"{self.kind}, {len(self.matched)} tensors matched" + "".join(texts)
 
 
 def load_weights(model: DeepLabV2, source: str | Path) -> Loaded:
     """Fill model from "imagenet" (torchvision), "none" (stays as initialised) or a local file.
 
-    A file is a torchvision ResNet state dict or has the key names of the ClassMix code (Caffe
-    weights: 0-255, BGR; conv1 is turned round here so that images stay RGB). The network's mean
-    and std become those of the weights. InputError where the backbone does not fit.
+    A file is a state dict of a torchvision ResNet, of this class, or with the key names of the
+    ClassMix code (Caffe weights: 0-255, BGR; conv1 is turned round, so that images stay RGB). The
+    network's mean and std become those of the weights. InputError where the backbone does not fit.
     """
     if str(source) == "none":
-        return Loaded("none (Kaiming initialisation)", [], [], [])
+        kind = "none (Kaiming initialisation; batch norm: batch statistics, trained affine)"
+        return Loaded(kind, [], [], [])
     state = _imagenet_state() if str(source) == "imagenet" else _read_state(Path(source))
-    state = dict(state)
-    kind = "torchvision ImageNet"
+    kind, (mean, std) = "torchvision ImageNet", torch.tensor(IMAGENET).view(2, 3, 1, 1)
     if any(key.startswith("layer5.") for key in state):
-        kind = "Caffe-style DeepLab"
+        kind, (mean, std) = "Caffe-style DeepLab", torch.tensor(CAFFE).view(2, 3, 1, 1) / 255
         state = {k.replace("layer5.conv2d_list.", "classifiers."): v for k, v in state.items()}
-        state["mean"] = torch.tensor(CAFFE_MEAN).view(3, 1, 1) / 255
-        state["std"] = torch.full((3, 1, 1), 1 / 255)
         if "conv1.weight" in state:
             state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
     elif "mean" in state and "std" in state:
-        kind = "this repository's"
-    else:
-        state["mean"] = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-        state["std"] = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    own = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+        kind, mean, std = "this repository's", state["mean"], state["std"]
+    state = {k: v for k, v in state.items() if "num_batches" not in k} | {"mean": mean, "std": std}
+    own = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
     matched = [key for key in own if key in state and state[key].shape == own[key].shape]
     missing = [key for key in own if key not in matched]
-    unused = [k for k in state if k not in matched and "num_batches_tracked" not in k]
-    head = ("classifiers.", "fc.")
-    if wrong := [key for key in dict.fromkeys(missing + unused) if not key.startswith(head)]:
+    unused = [key for key in state if key not in matched]
+    differing = dict.fromkeys(missing + unused)
+    if wrong := [key for key in differing if not key.startswith(("classifiers.", "fc."))]:
         raise InputError(
             f"--weights {source}: the backbone does not fit this network (its layers and width, "
             f"and the key names of torchvision or of the ClassMix code): {_some(wrong)}"
         )
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
-    from_file = [key for key in matched if key not in ("mean", "std")]
-    return Loaded(kind, from_file, missing, unused)
+    return Loaded(kind, [k for k in matched if k not in ("mean", "std")], missing, unused)
 
 
 def _imagenet_state() -> dict[str, Tensor]:
@@ -209,8 +178,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise InputError(f"--weights {path}: not a file of tensors as torch.save writes") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    tensors = state.items() if isinstance(state, dict) else ()
-    tensors = {str(k).removeprefix("module."): v for k, v in tensors if isinstance(v, Tensor)}
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {str(k).removeprefix("module."): v for k, v in named if isinstance(v, Tensor)}
     if not tensors:
         raise InputError(f"--weights {path}: holds no state dict")
     return tensors

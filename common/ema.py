@@ -1,7 +1,6 @@
 """The mean teacher (Tarvainen and Valpola 2017, arXiv:1703.01780)."""
 
 import copy
-from typing import Literal
 
 import torch
 from torch import nn
@@ -16,17 +15,11 @@ def make_teacher(student: nn.Module, *, train_mode: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def update_teacher(
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    decay: float,
-    buffers: Literal["copy", "average", "keep"],
-) -> None:
+def update_teacher(teacher: nn.Module, student: nn.Module, *, decay: float, buffers: str) -> None:
     """Each parameter becomes decay * teacher + (1 - decay) * student, in place.
 
-    buffers says what happens to batch-norm statistics: the student's are copied, averaged like the
-    parameters (integers are copied), or the teacher keeps its own.
+    buffers says what happens to batch-norm statistics: "copy" the student's, "average" them like
+    the parameters (integers are copied), or "keep" the teacher's own.
     """
     if buffers not in ("copy", "average", "keep"):
         raise ValueError(f"buffers is 'copy', 'average' or 'keep', not {buffers!r}")

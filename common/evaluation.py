@@ -12,10 +12,9 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
 
-from common.datasets import Images, Scenes, read_image
-
-Palette = Sequence[tuple[int, int, int]]
+from common.datasets import Images, read_image, start_worker
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -40,20 +39,15 @@ def class_iou(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    networks: dict[str, nn.Module],
-    images: Images | Scenes,
-    num_classes: int,
-    *,
-    device: torch.device,
-    workers: int,
-    autocast=nullcontext,
+    networks: dict, images: Images, num_classes: int, *, device, workers: int, autocast=nullcontext
 ) -> dict[str, dict]:
     """Mean IoU "miou" and per-class "iou" (None for NaN), in [0,1], of each network in eval mode.
 
-    Whole images; predicted at the resolution of the images, compared at that of the labels. Train
-    or eval mode is as before when it returns.
+    Whole images, predicted at their resolution, compared at that of the labels. Train or eval mode
+    is as before when it returns.
     """
-    loader = DataLoader(images, batch_size=8 if images.same_size else 1, num_workers=workers)
+    options = {"num_workers": workers, "worker_init_fn": start_worker}
+    loader = DataLoader(images, batch_size=8 if images.same_size else 1, **options)
     modes = {name: network.training for name, network in networks.items()}
     matrices = {name: torch.zeros(num_classes, num_classes).long() for name in networks}
     for image, label in loader:
@@ -64,16 +58,13 @@ def evaluate(
             with autocast():
                 logits = network.classify(network.features(image), label.shape[-2:])
             matrices[name] += confusion_matrix(logits.argmax(1), label, num_classes).cpu()
+    scores = {}
     for name, network in networks.items():
         network.train(modes[name])
-    scores = {name: class_iou(matrix) for name, matrix in matrices.items()}
-    return {
-        name: {
-            "miou": iou.nanmean().item(),
-            "iou": [None if math.isnan(value) else value for value in iou.tolist()],
-        }
-        for name, iou in scores.items()
-    }
+        iou = class_iou(matrices[name])
+        values = [None if math.isnan(value) else value for value in iou.tolist()]
+        scores[name] = {"miou": iou.nanmean().item(), "iou": values}
+    return scores
 
 
 def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
@@ -97,80 +88,67 @@ def predict(
     aspect ratio; None: as it is. The prediction has the picture's own size.
     """
     picture = ImageOps.exif_transpose(read_image(path))
-    own = (picture.height, picture.width)
-    inside = own
+    own = inside = (picture.height, picture.width)
     if size is not None:
         scale = (size[0] * size[1] / (own[0] * own[1])) ** 0.5
         inside = tuple(max(8, round(n * scale)) for n in own)
     resized = picture.resize(inside[::-1], Image.Resampling.BILINEAR)
     image = TF.pil_to_tensor(resized)[None].to(device).float().div_(255)
-    network.eval()
-    features = network.features(image)
-    # The classes are found in bands: all logits of a large photograph would not fit in memory.
-    logits = network.classify(features, inside)
-    return picture, _upsampled_argmax(logits, own)
-
-
-def _upsampled_argmax(logits: Tensor, size: tuple[int, int], rows: int = 256) -> np.ndarray:
-    wide = F.interpolate(logits, (logits.shape[2], size[1]), mode="bilinear", align_corners=True)
-    position = torch.linspace(0, logits.shape[2] - 1, size[0], device=logits.device)
-    bands = []
-    for band in position.split(rows):
-        low = band.floor().long().clamp(max=logits.shape[2] - 1)
-        high = (low + 1).clamp(max=logits.shape[2] - 1)
-        bands.append(wide[0, :, low].lerp(wide[0, :, high], (band - low)[:, None]).argmax(0))
-    return torch.cat(bands).to(torch.uint8).cpu().numpy()
+    features = network.eval().features(image)
+    logits = network.classify(features, inside)[0]
+    # One class at a time: all logits of a large photograph would not fit in memory.
+    best = torch.full(own, -torch.inf, device=device)
+    prediction = torch.zeros(own, dtype=torch.uint8, device=device)
+    for k, plane in enumerate(logits):
+        plane = F.interpolate(plane[None, None], own, mode="bilinear", align_corners=True)[0, 0]
+        prediction[plane > best] = k
+        best = best.maximum(plane)
+    return picture, prediction.cpu().numpy()
 
 
 # ---- Pictures ----
 
 
-def colorize(label: Tensor | np.ndarray, palette: Palette) -> np.ndarray:
-    """(H,W) class ids -> (H,W,3) uint8; void is black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(palette)] = palette
-    return table[np.asarray(label).astype(np.uint8)]
+def colorize(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """Class ids, uint8 (H,W) -> a palette image of them, in which void is black."""
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(palette)] = palette
+    image = Image.fromarray(label)
+    image.putpalette(colors.tobytes())
+    return image
 
 
-def save_prediction(
-    folder: Path, stem: str, picture: Image.Image, prediction: np.ndarray, palette: Palette
-) -> None:
+def save_prediction(folder: Path, stem: str, picture: Image.Image, prediction, palette) -> None:
     """Write STEM.png, the class ids with the palette, and STEM_overlay.png, both (H,W)."""
-    indexed = Image.fromarray(prediction).convert("P")
-    indexed.putpalette(np.asarray(palette, np.uint8).tobytes())
-    indexed.putdata(prediction.ravel())
+    indexed = colorize(prediction, palette)
     indexed.save(folder / f"{stem}.png")
-    overlay = Image.blend(picture, Image.fromarray(colorize(prediction, palette)), 0.5)
-    overlay.save(folder / f"{stem}_overlay.png")
+    Image.blend(picture, indexed.convert("RGB"), 0.5).save(folder / f"{stem}_overlay.png")
 
 
-def save_samples(path: Path, columns: dict[str, Tensor], palette: Palette, rows: int = 4) -> None:
+def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence, rows: int = 4) -> None:
     """Write one PNG: a column for each named batch, a row for each of its first images.
 
-    Images are float (B,3,H,W) in [0,1], labels int64 (B,H,W), masks bool (B,H,W), other float
-    tensors logits (B,K,H,W).
+    Images are float (B,3,H,W) in [0,1], labels int64 (B,H,W), masks bool (B,H,W).
     """
-    gap, caption = 4, 14
-    first = next(iter(columns.values()))
-    rows, (height, width) = min(rows, len(first)), first.shape[-2:]
+    rows = min(rows, *map(len, columns.values()))
+    tiles = [_tile(batch[row].cpu(), palette) for row in range(rows) for batch in columns.values()]
+    gap, caption, width = 2, 14, tiles[0].shape[2]
     zoom = max(1, 256 // width)
-    cell = (zoom * height + gap, zoom * width + gap)
-    size = (len(columns) * cell[1] + gap, rows * cell[0] + caption + gap)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (name, batch) in enumerate(columns.items()):
-        draw.text((column * cell[1] + gap, 1), name.replace("_", " "), fill="black")
-        for row, tile in enumerate(batch[:rows].cpu()):
-            if tile.is_floating_point() and len(tile) > 3:  # logits
-                tile = tile.argmax(0)
-            if tile.is_floating_point():
-                pixels = (tile.clamp(0, 1) * 255).round().byte().movedim(0, 2).numpy()
-            elif tile.dtype == torch.bool:
-                pixels = np.where(tile.numpy(), 255, 0).astype(np.uint8)
-            else:
-                pixels = colorize(tile, palette)
-            picture = Image.fromarray(pixels).convert("RGB")
-            picture = picture.resize((zoom * tile.shape[-1], zoom * tile.shape[-2]), 0)
-            sheet.paste(picture, (column * cell[1] + gap, row * cell[0] + caption + gap))
+    grid = TF.to_pil_image(make_grid(tiles, len(columns), padding=gap, pad_value=255))
+    grid = grid.resize((zoom * grid.width, zoom * grid.height), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (grid.width, caption + grid.height), "white")
+    sheet.paste(grid, (0, caption))
+    for column, name in enumerate(columns):
+        place = (zoom * (gap + column * (width + gap)), 1)
+        ImageDraw.Draw(sheet).text(place, name.replace("_", " "), fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def _tile(values: Tensor, palette: Sequence) -> Tensor:
+    """A sample as a picture: uint8 (3,H,W)."""
+    if values.is_floating_point():
+        return (255 * values.clamp(0, 1)).round().byte()
+    if values.dtype == torch.bool:
+        return (255 * values.byte()).expand(3, -1, -1)
+    return TF.pil_to_tensor(colorize(values.byte().numpy(), palette).convert("RGB"))

@@ -33,20 +33,20 @@ def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = No
     """
     parser = _parser(method, doc, recipes)
     defaults = vars(parser.parse_args([]))
-    unset = object()
-    parser.set_defaults(**dict.fromkeys(defaults, unset))
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not unset}
-    source = given.get("evaluate") or given.get("predict", [None])[0] or given.get("resume")
-    recipe, args = _settle(defaults, given, recipes, None)
-    args.method = method
+    blank = argparse.Namespace(**dict.fromkeys(defaults))
+    given = {k: v for k, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    dataset = given.get("dataset", defaults["dataset"])
+    defaults.update(DEFAULTS[dataset], method=method, checkpoint=None)
+    recipe, args = _override(recipes[dataset], defaults, given)
     folder = args.output_dir or default_folder(recipe, args, recipes)
+    source = args.evaluate or (args.predict and args.predict[0]) or args.resume
     if source == "auto":
         source = _newest([Path(folder)] if args.output_dir else numbered(folder))
-    args.checkpoint = None
     if source is not None:
         checkpoint = read_checkpoint(Path(source), method)
-        recipe, args = _settle(defaults, given, recipes, checkpoint)
-        args.method, args.checkpoint = method, checkpoint
+        defaults.update(checkpoint["args"], checkpoint=checkpoint)
+        recipe, args = _continue(type(recipe), defaults, given)
         folder = args.output_dir or str(Path(source).parent)
     args.output_dir_given = args.output_dir is not None
     args.output_dir = folder
@@ -63,15 +63,16 @@ def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = No
 def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     description = doc.strip().split("\n\n")[0]
     parser = _Parser(prog=f"{method}.py", description=description, allow_abbrev=False)
-    add, natural, positive = parser.add_argument, _at_least(0, int), _at_least(1, int)
+    add, natural, positive = parser.add_argument, _number(0, int), _number(1, int)
+    seed = _number(0, int, below=2**32)  # what numpy takes
     add("--dataset", choices=list(recipes), default="streets", help="default: streets")
     add("--data-dir", help="default: data/<dataset>")
     add("--labeled", help="how many labeled images: a count, or a fraction as 0.125 or 1/8")
     add("--labeled-list", metavar="FILE", help="names of the labeled images, one a line")
-    add("--split-seed", type=natural, metavar="N", help="of the labeled subset; default: --seed")
+    add("--split-seed", type=seed, metavar="N", help="of the labeled subset; default: --seed")
     add("--supervised", action="store_true", help="the baseline: the same, no unlabeled data")
     add("--weights", help="imagenet, none or a file")
-    add("--seed", type=natural, default=0, metavar="N", help="of weights, batches and masks")
+    add("--seed", type=seed, default=0, metavar="N", help="of weights, batches and masks")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, fp32 on CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
@@ -103,67 +104,61 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
 def _options(kind, *, zero: bool) -> dict:
     """add_argument's options for a field's type; an int may be 0 where a preset has 0."""
     options = {}
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if isinstance(kind, types.UnionType):  # with None
+        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
         kind, *rest = typing.get_args(kind)
-        options = {"nargs": "+" if rest == [...] else 1 + len(rest), "action": _StoreTuple}
+        options = {"nargs": "+" if rest == [...] else 1 + len(rest)}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
-    return {**options, "type": _at_least(0 if zero or kind is float else 1, kind)}
+    return {**options, "type": _number(0 if zero or kind is float else 1, kind)}
 
 
-class _StoreTuple(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
-
-
-def _at_least(minimum: int, kind: type) -> Callable[[str], int | float]:
+def _number(minimum: int, kind: type, below: float = math.inf) -> Callable[[str], int | float]:
     def number(text: str):
-        if not minimum <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} on")
+        if not minimum <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not a number in [{minimum}, {below})")
         return kind(text)
 
     return number
 
 
-def _settle(defaults: dict, given: dict, recipes: dict, checkpoint: dict | None):
-    """Defaults and preset, or the checkpoint's settings, overridden by what was given."""
-    args = {**defaults, "dataset": given.get("dataset", defaults["dataset"])}
-    if checkpoint is None:
-        args.update(DEFAULTS[args["dataset"]])
-        recipe = recipes[args["dataset"]]
-    else:
-        args.update(checkpoint["args"])
-        if "resume" not in given:  # bf16 on a CPU is of no use
-            args["precision"] = None
-        try:
-            recipe = type(next(iter(recipes.values())))(**checkpoint["recipe"])
-        except TypeError as error:
-            raise InputError(f"checkpoint of another version of this file: {error}") from error
-    if checkpoint is not None and "resume" in given:
-        settings = {**args, **asdict(recipe)}
-        for name in (*_FIXED, *asdict(recipe)):
-            if name in given and given[name] != settings[name]:
-                raise InputError(
-                    f"--{name.replace('_', '-')}: the run to resume has {settings[name]}, "
-                    f"not {given[name]}; leave the flag out, or start a new run"
-                )
+def _override(recipe, defaults: dict, given: dict):
+    """The recipe and the other settings, overridden by the flags given."""
     changes = {name: value for name, value in given.items() if hasattr(recipe, name)}
-    args.update({name: value for name, value in given.items() if name not in changes})
-    return replace(recipe, **changes), argparse.Namespace(**args)
+    others = {name: value for name, value in given.items() if name not in changes}
+    for name, value in changes.items():
+        if isinstance(value, tuple) and isinstance(value[0], float) and value[0] > value[-1]:
+            raise InputError(f"--{name.replace('_', '-')}: {value[0]} is above {value[-1]}")
+    return replace(recipe, **changes), argparse.Namespace(**{**defaults, **others})
+
+
+def _continue(recipe_class: type, settings: dict, given: dict):
+    """As _override, from a checkpoint's settings; InputError for what --resume cannot change."""
+    try:
+        recipe = recipe_class(**settings["checkpoint"]["recipe"])
+    except TypeError as error:
+        raise InputError(f"checkpoint of another version of this file: {error}") from error
+    if "resume" not in given:  # bf16 on a CPU is of no use
+        return _override(recipe, {**settings, "precision": None}, given)
+    kept = {**{name: settings[name] for name in _FIXED}, **asdict(recipe)}
+    for name, value in kept.items():
+        if given.get(name, value) != value:
+            raise InputError(
+                f"--{name.replace('_', '-')}: the run to resume has {value}, not {given[name]}; "
+                "leave the flag out, or start a new run"
+            )
+    return _override(recipe, settings, given)
 
 
 def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: no such kind of device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: there is no CUDA device here")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
 
 
 def default_folder(recipe, args: argparse.Namespace, recipes: dict) -> str:
@@ -184,7 +179,7 @@ def default_folder(recipe, args: argparse.Namespace, recipes: dict) -> str:
 def numbered(folder: str) -> Iterator[Path]:
     """FOLDER, FOLDER-2, FOLDER-3, ..."""
     yield Path(folder)
-    yield from (Path(f"{folder}-{k}") for k in range(2, 10_000))
+    yield from (Path(f"{folder}-{k}") for k in itertools.count(2))
 
 
 def _newest(folders: Iterable[Path]) -> Path | None:

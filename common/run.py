@@ -6,7 +6,6 @@ around its networks and goes through steps().
 
 import argparse
 import json
-import math
 import os
 import platform
 import resource
@@ -17,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from common import InputError
-from common.datasets import Data, endless, open_dataset
+from common.datasets import Batches, Data, endless, open_dataset
 from common.deeplab import Loaded
 from common.evaluation import evaluate, iou_table, predict, save_prediction, save_samples
 from common.flags import numbered, parse_args
@@ -63,21 +63,14 @@ class Run:
     """
 
     def __init__(
-        self,
-        recipe,
-        args: argparse.Namespace,
-        data: Data,
-        split: tuple[list[int], list[int]],
-        state: dict,
-        *,
-        weights: Loaded,
-        headline: str,
+        self, recipe, args, data: Data, split: tuple, state: dict, *, weights: Loaded, headline: str
     ):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
-        self.headline = headline
+        self.headline, self.autocast = headline, _autocast(args)
+        self.networks = {name: state[name] for name in ("student", "teacher")}
         self.names = [data.train.names[index] for index in split[0]]
         self.start, self.seconds, self.miou = 0, 0.0, None
-        self.means: dict[str, tuple[Tensor, int]] = {}
+        self.means: dict[str, tuple[Tensor, int]] = {}  # sum and count
         if args.checkpoint is not None:
             self._restore(args.checkpoint)
         self.iteration, self.began, self.signal = self.start, self.seconds, None
@@ -86,37 +79,22 @@ class Run:
         self.log_every = max(10, min(100, length // 50))
         self.eval_every = args.eval_every or max(1, length // 8)
         self.save_every = args.save_every or max(1, length // 40)
-        if args.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            state["student"].to(memory_format=torch.channels_last)
-            state["teacher"].to(memory_format=torch.channels_last)
-        if args.compile:
-            state["student"].compile()
-            state["teacher"].compile()
+        torch.backends.cudnn.benchmark = True
+        for network in self.networks.values():
+            if args.device.type == "cuda":
+                network.to(memory_format=torch.channels_last)
+            if args.compile:
+                network.compile()
         self._announce(weights)
 
     def batches(self, batch_size: int, transform: Callable, *, warmup: int) -> list[Iterator]:
         """Endless labeled and unlabeled batches; the latter start after warmup steps."""
-        args = self.args
-        return [
-            endless(
-                self.data.train,
-                indices,
-                batch_size,
-                transform,
-                seed=args.seed,
-                stream=stream,
-                start=max(self.start, warmup * stream),
-                workers=args.workers,
-                device=args.device,
-            )
-            for stream, indices in enumerate(self.split)
-        ]
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 where --precision says so."""
-        enabled = self.args.precision == "bf16"
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=enabled)
+        args, batches = self.args, []
+        for stream, indices in enumerate(self.split):
+            drawn = Batches(self.data.train, indices, batch_size, transform, args.seed, stream)
+            start = max(self.start, warmup * stream)
+            batches.append(endless(drawn, start, args.workers, args.device))
+        return batches
 
     def step_seed(self, purpose: str) -> int:
         """Of this step's randomness; depends only on seed, step and purpose."""
@@ -136,16 +114,15 @@ class Run:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.clock = time.perf_counter()
         try:
-            while self.iteration < last:
+            for done in range(self.start + 1, last + 1):
+                self.iteration = done - 1
                 yield self.iteration
-                done = self.iteration + 1
                 if done % self.log_every == 0:
                     self._progress(done)
                 if done % self.save_every == 0 or done == last or self.signal:
                     self._save(done)
                 if self.signal and done < last:
                     self._leave(done)
-                self.iteration = done
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -156,27 +133,27 @@ class Run:
             total, count = self.means.get(name, (0, 0))
             self.means[name] = (total + value.detach().float(), count + 1)
 
-    def evaluation_due(self) -> bool:
-        """Whether to evaluate after this step; after the last one always."""
-        done = self.iteration + 1
-        return done % self.eval_every == 0 or done == self.recipe.iterations
+    def evaluate_if_due(self, samples: dict[str, Tensor]) -> None:
+        """Now and then, and after the last step: score both networks, write samples as a PNG.
 
-    def evaluate(self, samples: dict[str, Tensor]) -> None:
-        """Score both networks on the validation set, write samples (see save_samples)."""
+        samples are batches as save_samples takes them, and the student's "logits" (B,K,H,W).
+        """
         done, last = self.iteration + 1, self.recipe.iterations
+        if done % self.eval_every and done != last:
+            return
         self._progress(done)
-        networks = {name: self.state[name] for name in ("student", "teacher")}
-        scores = _score(networks, self.data.val, self.data.num_classes, self.args, self.autocast)
+        scores = _score(self.networks, self.data, self.args)
         self.miou = scores[self.headline]["miou"]
         self._append({"iteration": done, **scores})
         text = ", ".join(f"{name} {100 * score['miou']:.2f}%" for name, score in scores.items())
         print(f"[{done}/{last}] mIoU on {len(self.data.val)} images: {text}", flush=True)
+        samples["prediction"] = samples.pop("logits").argmax(1)
         save_samples(self.folder / "samples" / f"{done:06d}.png", samples, self.data.palette)
         if done == last:
             self._finish(scores)
         self.clock = time.perf_counter()
 
-    def _announce(self, weights) -> None:
+    def _announce(self, weights: Loaded) -> None:
         args, data, (labeled, unlabeled) = self.args, self.data, self.split
         print(f"{args.method} on {args.dataset}{', supervised only' * args.supervised}")
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
@@ -185,50 +162,41 @@ class Run:
             f"training images, {len(data.val)} validation images, {data.num_classes} classes"
         )
         print(f"weights: {weights}")
-        if args.weights == "none":
-            print("batch norm: batch statistics, trained affine (no weights were loaded)")
         print(f"evaluation: last iterate, whole images at {self.recipe.size or 'their own size'}")
-        print(
-            f"{args.device}, {args.precision}, torch {torch.__version__}, "
-            f"{'' if args.compile else 'not '}compiled; output in {self.folder}"
-        )
-        if self.start:
-            print(f"resumed at iteration {self.start}", flush=True)
+        compiled = "compiled" if args.compile else "not compiled"
+        print(f"{args.device}, {args.precision}, torch {torch.__version__}, {compiled}")
+        resumed = f"resumed at iteration {self.start}; " * (self.start > 0)
+        print(f"{resumed}output in {self.folder}", flush=True)
 
     def _progress(self, done: int) -> None:
         if not self.means:  # printed already
             return
         self._tick()
-        means = self._take_means(done)
+        self._check_finite(done)
+        means = {name: (total / count).item() for name, (total, count) in self.means.items()}
+        self.means = {}
         rate = (done - self.start) / max(self.seconds - self.began, 1e-9)
         lr = self.state["optimizer"].param_groups[0]["lr"]
         self._append({"iteration": done, **means, "lr": lr, "seconds": round(self.seconds, 2)})
-        left = time.strftime("%H:%M:%S", time.gmtime((self.recipe.iterations - done) / rate))
+        left = timedelta(seconds=round((self.recipe.iterations - done) / rate))
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         miou = "" if self.miou is None else f"  mIoU {100 * self.miou:.2f}%"
         memory = f"{peak_memory(self.args.device):.2f} GiB"
         progress = f"[{done}/{self.recipe.iterations}] {values}{miou}"
         print(f"{progress}  {rate:.2f} steps/s  {left} left  {memory}", flush=True)
 
-    def _take_means(self, done: int) -> dict[str, float]:
-        values = torch.stack([total / count for total, count in self.means.values()]).tolist()
-        means, self.means = dict(zip(self.means, values, strict=True)), {}
-        for name, value in means.items():
-            if not math.isfinite(value):
-                self._diverged(done, name)
-        return means
-
-    def _diverged(self, done: int, what: str) -> None:
-        kept = self.folder / "last.pt"
-        good = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
-        raise InputError(f"{what} is not finite at iteration {done}: stopped ({good}); lower --lr?")
+    def _check_finite(self, done: int) -> None:
+        values = {name: total for name, (total, _) in self.means.items()}
+        values.update(self.state["student"].named_parameters())
+        if wrong := [name for name, value in values.items() if not value.isfinite().all()]:
+            kept = self.folder / "last.pt"
+            good = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
+            stopped = f"is not finite at iteration {done}: stopped ({good})"
+            raise InputError(f"{wrong[0]} {stopped}; lower --lr?")
 
     def _save(self, done: int) -> None:
-        """Write last.pt, unless a loss or a weight is not finite."""
         self._tick()
-        finite = [p.detach().isfinite().all() for p in self.state["student"].parameters()]
-        if not torch.stack([*finite, *(t.isfinite() for t, _ in self.means.values())]).all():
-            self._diverged(done, "a loss or a weight")
+        self._check_finite(done)
         checkpoint = {
             **self._config(),
             "iteration": done,
@@ -236,6 +204,7 @@ class Run:
             "miou": self.miou,
             "seconds": self.seconds,
             "means": self.means,
+            "logged": (self.folder / "log.jsonl").stat().st_size,
             "labeled_names": self.names,
             "class_names": list(self.data.class_names),
             "palette": [list(color) for color in self.data.palette],
@@ -244,14 +213,12 @@ class Run:
         _write_atomically(self.folder / "last.pt", partial(torch.save, checkpoint))
 
     def _config(self) -> dict:
-        machine = ("device", "workers", "compile")
-        passing = ("checkpoint", "resume", "evaluate", "predict", "out", "method")
-        folder = ("output_dir", "output_dir_given")
-        args = vars(self.args).items()
+        left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
+        left_out += ("out", "method", "output_dir", "output_dir_given")
         return {
             "method": self.args.method,
             "recipe": asdict(self.recipe),
-            "args": {k: v for k, v in args if k not in (*machine, *passing, *folder)},
+            "args": {k: v for k, v in vars(self.args).items() if k not in left_out},
             "device": str(self.args.device),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "commit": _commit(),
@@ -264,10 +231,8 @@ class Run:
             raise InputError("--resume: the labeled images are not those of the checkpoint")
         for name, thing in self.state.items():
             thing.load_state_dict(checkpoint["state"][name])
-        self.start, self.miou = checkpoint["iteration"], checkpoint["miou"]
-        self.seconds = checkpoint["seconds"]
-        device = self.args.device
-        self.means = {k: (total.to(device), n) for k, (total, n) in checkpoint["means"].items()}
+        self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+        self.miou, self.means = checkpoint["miou"], checkpoint["means"]
 
     def _make_folder(self) -> Path:
         """The folder given, or the first of FOLDER, FOLDER-2, ... that is free."""
@@ -279,10 +244,9 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             log = folder / "log.jsonl"
-            lines = log.read_text().splitlines() if log.exists() and not fresh else []
             # What a killed run logged after its last checkpoint is logged again.
-            kept = [line for line in lines if _iteration(line) <= self.start]
-            log.write_text("".join(f"{line}\n" for line in kept))
+            log.touch()
+            log.write_bytes(log.read_bytes()[: 0 if fresh else self.args.checkpoint["logged"]])
             if fresh:
                 (folder / "config.json").write_text(json.dumps(self._config(), indent=1))
                 (folder / "split.txt").write_text("".join(f"{name}\n" for name in self.names))
@@ -291,12 +255,10 @@ class Run:
         return folder
 
     def _finish(self, scores: dict[str, dict]) -> None:
+        args = vars(self.args)
         result = {
-            "method": self.args.method,
-            "dataset": self.args.dataset,
+            **{name: args[name] for name in ("method", "dataset", "supervised", "seed")},
             "labeled": len(self.names),
-            "supervised": self.args.supervised,
-            "seed": self.args.seed,
             "iterations": self.recipe.iterations,
             "headline": self.headline,
             "class_names": list(self.data.class_names),
@@ -305,8 +267,8 @@ class Run:
             "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
             "peak_memory_gib": round(peak_memory(self.args.device), 2),
         }
-        text = json.dumps(result, indent=1)
-        _write_atomically(self.folder / "result.json", lambda path: path.write_text(text))
+        write = partial(Path.write_text, data=json.dumps(result, indent=1))
+        _write_atomically(self.folder / "result.json", write)
         print(iou_table(scores, self.data.class_names))
         print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU; results in {self.folder}")
 
@@ -322,22 +284,15 @@ class Run:
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def _leave(self, done: int) -> None:
-        name, kept = signal.Signals(self.signal).name, self.folder / "last.pt"
-        command = f"python {self.args.method}.py --resume {kept}"
-        print(f"stopped by {name} after iteration {done}; go on with {command}", file=sys.stderr)
+        stopped = f"stopped by {signal.Signals(self.signal).name} after iteration {done}"
+        command = f"python {self.args.method}.py --resume {self.folder / 'last.pt'}"
+        print(f"{stopped}; go on with {command}", file=sys.stderr)
         sys.exit(128 + self.signal)
 
     def _on_signal(self, number: int, _) -> None:
         if self.signal:  # asked twice: at once
             sys.exit(128 + number)
         self.signal = number
-
-
-def _iteration(line: str) -> float:
-    try:
-        return json.loads(line)["iteration"]
-    except json.JSONDecodeError:  # the line that a killed run was writing
-        return math.inf
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -366,15 +321,15 @@ def peak_memory(device: torch.device) -> float:
 # ---- Evaluating and predicting with a checkpoint ----
 
 
-def _score(networks: dict, images, num_classes: int, args, autocast) -> dict[str, dict]:
-    return evaluate(
-        networks,
-        images,
-        num_classes,
-        device=args.device,
-        workers=args.workers,
-        autocast=autocast,
-    )
+def _autocast(args: argparse.Namespace) -> Callable:
+    """Makes the context of bfloat16 where --precision says so."""
+    bf16 = args.precision == "bf16"
+    return partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bf16)
+
+
+def _score(networks: dict, data: Data, args: argparse.Namespace) -> dict[str, dict]:
+    options = {"device": args.device, "workers": args.workers, "autocast": _autocast(args)}
+    return evaluate(networks, data.val, data.num_classes, **options)
 
 
 def _load_network(recipe, args: argparse.Namespace, network: Callable, name: str) -> nn.Module:
@@ -389,8 +344,7 @@ def _load_network(recipe, args: argparse.Namespace, network: Callable, name: str
 
 
 def _evaluate_checkpoint(recipe, args: argparse.Namespace, network: Callable) -> None:
-    known = args.checkpoint["class_names"]
-    full = args.full_resolution
+    known, full = args.checkpoint["class_names"], args.full_resolution
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size, full_labels=full)
     if known != list(data.class_names):
         raise InputError(
@@ -398,9 +352,7 @@ def _evaluate_checkpoint(recipe, args: argparse.Namespace, network: Callable) ->
             f"{args.dataset} has {data.num_classes} ({', '.join(data.class_names)})"
         )
     networks = {n: _load_network(recipe, args, network, n) for n in ("student", "teacher")}
-    bf16 = args.precision == "bf16"
-    autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bf16)
-    scores = _score(networks, data.val, data.num_classes, args, autocast)
+    scores = _score(networks, data, args)
     size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
     print(f"{len(data.val)} validation images, labels at {size}")
     print(iou_table(scores, data.class_names))

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the networks of the tests are too small to share
 
 
-def write_pair(image_path: Path, label_path: Path | None, size, num_classes: int, seed: int):
+def write_pair(image_path: Path, label_path: Path | None, size, num_classes=3, seed=0):
     """An image whose colour tells the class, and its label; size is (height, width)."""
     rng = np.random.default_rng(seed)
     label = np.kron(rng.integers(0, num_classes, (4, 4)), np.ones((size[0] // 4, size[1] // 4)))

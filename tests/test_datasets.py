@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_pair
 from PIL import Image
 
 from common import InputError
 from common.augment import jitter_and_blur, scale_crop_flip
-from common.datasets import endless, open_dataset, select, split, voc_palette
+from common.datasets import Batches, endless, open_dataset, select, split, voc_palette
 
 REAL_CAMVID = Path(
     os.environ.get("CAMVID", Path(__file__).parents[2] / "shared" / "data" / "camvid")
@@ -59,7 +60,7 @@ def test_the_real_camvid():
 def test_folder_pairs_by_stem_and_keeps_images_without_labels(folder):
     data = open_dataset("folder", folder)
     assert data.class_names == ("road", "car", "sky") and data.val.names[0] == "sub/0"
-    assert [data.train.has_label(k) for k in range(10)] == [True] * 6 + [False] * 4
+    assert data.train.has_label == [True] * 6 + [False] * 4
     assert (data.train[8][1] == 255).all() and not (data.train[2][1] == 255).all()
     assert data.train[1][0].shape == (3, 44, 64) and not data.train.same_size
     (folder / "labels/train/stray.png").write_bytes((folder / "labels/val/sub/0.png").read_bytes())
@@ -176,6 +177,20 @@ def test_select_by_list_accepts_names_paths_and_columns(camvid, tmp_path):
         select(train, args, batch_size=2)
 
 
+def test_select_by_list_tells_images_of_one_name_apart(folder, tmp_path):
+    for k in range(2):
+        write_pair(folder / f"images/train/{k}/a.png", folder / f"labels/train/{k}/a.png", (40, 64))
+    train, listed = open_dataset("folder", folder).train, tmp_path / "list.txt"
+    args = Namespace(labeled="3", labeled_list=listed, split_seed=0, supervised=False)
+    for name in ("1/a", "1/a.png", "\ufeff1/a.png 1/a.png"):
+        listed.write_text(name, encoding="utf-8")
+        assert [train.names[k] for k in select(train, args, batch_size=2)[0]] == ["1/a"]
+    for name in ("a", "elsewhere/a.png"):
+        listed.write_text(name)
+        with pytest.raises(InputError, match="several training images"):
+            select(train, args, batch_size=2)
+
+
 def test_select_takes_labels_only_from_labeled_images(folder):
     train = open_dataset("folder", folder).train
     args = Namespace(labeled="1.0", labeled_list=None, split_seed=0, supervised=False)
@@ -191,9 +206,8 @@ def identity(seed, image, label):
 
 def batches(images, transform=identity, *, start=0, workers=0, count=7, size=3, indices=None):
     indices = indices if indices is not None else list(range(len(images)))
-    stream = endless(
-        images, indices, size, transform, seed=5, stream=1, start=start, workers=workers, device=CPU
-    )
+    drawn = Batches(images, indices, size, transform, seed=5, stream=1)
+    stream = endless(drawn, start, workers, CPU)
     return [next(stream) for _ in range(count)]
 
 

@@ -109,7 +109,7 @@ def test_pictures(tmp_path):
         "image": torch.rand(2, 3, 8, 16),
         "label": torch.tensor([0, 255]).view(2, 1, 1).expand(2, 8, 16),
         "mask": torch.ones(2, 8, 16, dtype=torch.bool),
-        "logits": torch.rand(2, 5, 8, 16),
+        "prediction": torch.rand(2, 5, 8, 16).argmax(1),
     }
     save_samples(tmp_path / "s/sheet.png", columns, [*palette, (9, 9, 9), (8, 8, 8), (7, 7, 7)])
     sheet = Image.open(tmp_path / "s/sheet.png").convert("RGB")
