@@ -52,10 +52,10 @@ def jitter_and_blur(
 ) -> Callable:
     """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then blur, each anew.
 
-    jitter is torchvision's strength of brightness, contrast, saturation and hue (at most 0.5);
+    jitter is torchvision's strength of brightness, contrast, saturation and hue (at most 0.5 of it);
     sigma (pixels) is a range, whose upper end the blur's kernel exceeds fourfold.
     """
     kernel = 2 * int(4 * sigma[1] + 1) + 1
-    color = v2.RandomApply([v2.ColorJitter(jitter, jitter, jitter, jitter)], jitter_probability)
+    color = v2.RandomApply([v2.ColorJitter(*[jitter] * 3, min(jitter, 0.5))], jitter_probability)
     change = v2.Compose([color, v2.RandomApply([v2.GaussianBlur(kernel, sigma)], blur_probability)])
     return partial(_seeded, lambda image: torch.stack([change(single) for single in image]))

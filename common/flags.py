@@ -64,7 +64,7 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     description = doc.strip().split("\n\n")[0]
     parser = _Parser(prog=f"{method}.py", description=description, allow_abbrev=False)
     add, natural, positive = parser.add_argument, _number(0, int), _number(1, int)
-    seed = _number(0, int, below=2**32)  # what numpy takes
+    seed = _number(0, int, 2**32 - 1)  # what numpy takes
     add("--dataset", choices=list(recipes), default="streets", help="default: streets")
     add("--data-dir", help="default: data/<dataset>")
     add("--labeled", help="how many labeled images: a count, or a fraction as 0.125 or 1/8")
@@ -95,31 +95,40 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             for value in dict.fromkeys(values.values())
         )
         text = f"{dict(comments).get(field.name, '')} [{presets}]".replace("%", "%%")
-        options = _options(field.type, zero=0 in values.values())
+        options = _options(field.name, field.type, values.values())
         flag = "--" + field.name.replace("_", "-")
         group.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
     return parser
 
 
-def _options(kind, *, zero: bool) -> dict:
-    """add_argument's options for a field's type; an int may be 0 where a preset has 0."""
+def _options(name: str, kind, presets: Iterable) -> dict:
+    """add_argument's options for a field of that type.
+
+    Numbers are not negative, shares not above 1; counts and ranges are 0 only where a preset is.
+    """
     options = {}
     if isinstance(kind, types.UnionType):  # with None
         kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is tuple:
+    if is_range := typing.get_origin(kind) is tuple:
         kind, *rest = typing.get_args(kind)
         options = {"nargs": "+" if rest == [...] else 1 + len(rest)}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
-    return {**options, "type": _number(0 if zero or kind is float else 1, kind)}
+    zero = any(0 in (preset if isinstance(preset, tuple) else (preset,)) for preset in presets)
+    if kind is float:
+        smallest = 1e-6 if is_range and not zero else 0
+    else:
+        smallest = 0 if zero else 1
+    share = name.endswith(("probability", "decay", "threshold", "momentum"))
+    return {**options, "type": _number(smallest, kind, 1.0 if share else math.inf)}
 
 
-def _number(minimum: int, kind: type, below: float = math.inf) -> Callable[[str], int | float]:
+def _number(smallest: float, kind: type, largest: float = math.inf) -> Callable[[str], float]:
     def number(text: str):
-        if not minimum <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not a number in [{minimum}, {below})")
+        if not smallest <= kind(text) <= largest or kind(text) == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {smallest} to {largest}")
         return kind(text)
 
     return number

@@ -188,7 +188,8 @@ class Run:
     def _check_finite(self, done: int) -> None:
         values = {name: total for name, (total, _) in self.means.items()}
         values.update(self.state["student"].named_parameters())
-        if wrong := [name for name, value in values.items() if not value.isfinite().all()]:
+        finite = torch.stack([value.detach().isfinite().all() for value in values.values()])
+        if wrong := [name for name, good in zip(values, finite.tolist(), strict=True) if not good]:
             kept = self.folder / "last.pt"
             good = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
             stopped = f"is not finite at iteration {done}: stopped ({good})"

@@ -226,6 +226,8 @@ BAD_FLAGS = [
     (("--labeled-list", "nowhere.txt"), "nowhere.txt"),
     (("--batch-size", "-1"), "--batch-size"),
     (("--lr", "nan"), "--lr"),
+    (("--ema-decay", "1.5"), "--ema-decay"),
+    (("--sigma-range", "0", "4"), "--sigma-range"),
     (("--scale-range", "1.5", "0.5"), "--scale-range: 1.5 is above 0.5"),
     (("--seed", "4294967296"), "--seed"),
     (("--colour",), "--colour"),
