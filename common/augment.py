@@ -52,7 +52,7 @@ def jitter_and_blur(
 ) -> Callable:
     """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then blur, each anew.
 
-    jitter is torchvision's strength of brightness, contrast, saturation and hue (at most 0.5 of it);
+    jitter is torchvision's strength of brightness, contrast, saturation, hue (0.5 at most);
     sigma (pixels) is a range, whose upper end the blur's kernel exceeds fourfold.
     """
     kernel = 2 * int(4 * sigma[1] + 1) + 1

@@ -117,10 +117,7 @@ def _options(name: str, kind, presets: Iterable) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     zero = any(0 in (preset if isinstance(preset, tuple) else (preset,)) for preset in presets)
-    if kind is float:
-        smallest = 1e-6 if is_range and not zero else 0
-    else:
-        smallest = 0 if zero else 1
+    smallest = 0 if zero or (kind is float and not is_range) else {int: 1, float: 1e-6}[kind]
     share = name.endswith(("probability", "decay", "threshold", "momentum"))
     return {**options, "type": _number(smallest, kind, 1.0 if share else math.inf)}
 
