@@ -259,8 +259,8 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
 
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
     """Equation 1: labeled loss, ClassMix loss, step, teacher."""
-    if recipe.batch_size < 2 and not args.supervised:
-        raise InputError("--batch-size 1: ClassMix needs a second image to paste on")
+    if run.share_size(recipe.batch_size, args) < 2 and not args.supervised:
+        raise InputError("--batch-size: a share of one image has no other to be pasted on")
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     split = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
@@ -284,32 +284,33 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     )
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
     for iteration in session.steps():
-        image_l, label_l = next(batches_l)
-        with session.autocast():
-            logits_l = student(image_l)
-        loss_l = cross_entropy(logits_l, label_l)
-        loss_l.backward()
-        session.log(loss_l=loss_l)
-        samples = {"labeled": image_l, "truth": label_l}
-        if args.supervised or iteration < recipe.warmup:
-            samples["logits"] = logits_l.detach()
-        else:
-            image_u, _ = next(batches_u)
-            generator, seed = session.generator("mask"), session.step_seed("augment")
-            with session.autocast():
+        mixing = not args.supervised and iteration >= recipe.warmup
+        sources = (batches_l, batches_u) if mixing else (batches_l,)
+        for image_l, label_l, *unlabeled in session.shares(*sources):
+            with session.forward(last=not mixing):
+                logits_l = session.student(image_l)
+            loss_l = cross_entropy(logits_l, label_l)
+            (loss_l / args.accumulate).backward()
+            session.log(loss_l=loss_l)
+            samples = {"labeled": image_l, "truth": label_l, "logits": logits_l.detach()}
+            if not mixing:
+                continue
+            image_u, generator = unlabeled[0], session.generator("mask")
+            change = partial(strong, session.step_seed("augment"))
+            with session.forward(last=True):
                 loss_u, seen = classmix_loss(
-                    student,
+                    session.student,
                     teacher,
                     image_u,
                     make_mask=partial(make_mask, recipe, data.num_classes, generator),
-                    augment=partial(strong, seed) if recipe.extra_augmentations else nn.Identity(),
+                    augment=change if recipe.extra_augmentations else nn.Identity(),
                     threshold=recipe.confidence_threshold,
                     weighting=recipe.weighting,
                     scope=recipe.weight_scope,
                     ramp=sigmoid_ramp(iteration, recipe.ramp_iterations),
                     kind=recipe.unlabeled_loss,
                 )
-            loss_u.backward()
+            (loss_u / args.accumulate).backward()
             session.log(loss_u=loss_u, **{"lambda": seen.pop("lambda")})
             samples.update(unlabeled=image_u, **seen)
         optimizer.step()

@@ -324,7 +324,8 @@ class Batches(Dataset):
     """[t] -> batch t: image uint8 (B,3,H,W), label uint8 (B,H,W), by (seed, stream, t) alone.
 
     Each item goes through transform(seed, image, label). Each epoch is a new permutation of indices
-    without its ragged last batch; fewer images than a batch repeat within it.
+    without its ragged last batch; fewer images than a batch repeat within it. Of several processes
+    each gets its part, as long as the others'.
     """
 
     images: Images
@@ -333,6 +334,8 @@ class Batches(Dataset):
     transform: Callable
     seed: int
     stream: int
+    part: int = 0
+    parts: int = 1
 
     def __getitem__(self, t: int) -> tuple[Tensor, Tensor]:
         epoch, k = divmod(t, max(len(self.indices) // self.batch_size, 1))
@@ -340,7 +343,8 @@ class Batches(Dataset):
         batch = order[k * self.batch_size : (k + 1) * self.batch_size]
         batch = np.resize(batch, self.batch_size).tolist()  # repeats what is too short
         seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(len(batch))
-        pairs = zip(batch, seeds.tolist(), strict=True)
+        mine = slice(self.part * self.batch_size // self.parts, None)
+        pairs = list(zip(batch, seeds.tolist(), strict=True))[mine][: self.batch_size // self.parts]
         items = [self.transform(seed, *self.images[index]) for index, seed in pairs]
         return tuple(torch.stack(tensors) for tensors in zip(*items, strict=True))
 

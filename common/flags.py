@@ -52,6 +52,10 @@ def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = No
     args.output_dir = folder
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
     args.device = _device(args.device)
+    # torchrun's; one process without it.
+    args.rank, args.processes = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
     cuda = args.device.type == "cuda"
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = cuda if args.compile is None else args.compile
@@ -76,6 +80,7 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     add("--device", help="default: cuda where there is one, else cpu")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, fp32 on CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
+    add("--accumulate", type=positive, default=1, metavar="N", help="process a batch in N shares")
     add("--workers", type=natural, metavar="N", help="loader processes")
     add("--output-dir", help="default: runs/<method>_<dataset>_<labeled>_s<seed>...")
     add("--resume", metavar="CKPT|auto", help="go on from a last.pt; auto: from the newest, if any")
@@ -161,6 +166,8 @@ def _continue(recipe_class: type, settings: dict, given: dict):
 
 def _device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

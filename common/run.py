@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -22,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common import InputError
 from common.datasets import Batches, Data, endless, open_dataset
@@ -39,6 +43,8 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     """
     try:
         recipe, args = parse_args(method, doc, recipes)
+        if args.processes > 1:
+            _join(args)
         if args.evaluate:
             _evaluate_checkpoint(recipe, args, network)
         elif args.predict:
@@ -52,6 +58,32 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _LOST.search(str(error)):
+            raise
+        print(f"{method}.py: another process is gone; --resume auto goes on", file=sys.stderr)
+        os._exit(1)  # the process group cannot be left in an orderly way any more
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Meet the other processes that torchrun started; only the first one prints progress."""
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.rank > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def share_size(batch_size: int, args: argparse.Namespace) -> int:
+    """Images of a batch that are trained together: it is split over processes and --accumulate."""
+    shares = args.processes * args.accumulate
+    if batch_size % shares:
+        raise InputError(f"--batch-size {batch_size}: cannot be split into {shares} equal shares")
+    return batch_size // shares
+
+
+# What gloo and NCCL say when the other side of a connection has died.
+_LOST = re.compile("connection|closed by peer|reset by peer|broken pipe|nccl", re.IGNORECASE)
 
 
 class Run:
@@ -66,7 +98,7 @@ class Run:
         self, recipe, args, data: Data, split: tuple, state: dict, *, weights: Loaded, headline: str
     ):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
-        self.headline, self.autocast = headline, _autocast(args)
+        self.headline, self.share, self.first = headline, 0, args.rank == 0
         self.networks = {name: state[name] for name in ("student", "teacher")}
         self.names = [data.train.names[index] for index in split[0]]
         self.start, self.seconds, self.miou = 0, 0.0, None
@@ -85,20 +117,41 @@ class Run:
                 network.to(memory_format=torch.channels_last)
             if args.compile:
                 network.compile()
+        self.student = state["student"]
+        if args.processes > 1:
+            # Each process keeps the batch-norm statistics of its shares; the first one's count.
+            self.student = DistributedDataParallel(self.student, broadcast_buffers=False)
         self._announce(weights)
 
     def batches(self, batch_size: int, transform: Callable, *, warmup: int) -> list[Iterator]:
         """Endless labeled and unlabeled batches; the latter start after warmup steps."""
         args, batches = self.args, []
         for stream, indices in enumerate(self.split):
-            drawn = Batches(self.data.train, indices, batch_size, transform, args.seed, stream)
+            what = (self.data.train, indices, batch_size, transform, args.seed, stream)
+            drawn = Batches(*what, part=args.rank, parts=args.processes)
             start = max(self.start, warmup * stream)
             batches.append(endless(drawn, start, args.workers, args.device))
         return batches
 
+    def shares(self, *batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
+        """The next batches' tensors, share by share."""
+        tensors = [tensor for batch in batches for tensor in next(batch)]
+        chunks = [tensor.chunk(self.args.accumulate) for tensor in tensors]
+        for self.share, share in enumerate(zip(*chunks, strict=True)):
+            yield share
+
+    @contextmanager
+    def forward(self, *, last: bool) -> Iterator[None]:
+        """Around a forward pass of the student; gradients are exchanged after the last one only."""
+        last = last and self.share == self.args.accumulate - 1
+        alone = self.args.processes == 1
+        with nullcontext() if last or alone else self.student.no_sync(), _autocast(self.args)():
+            yield
+
     def step_seed(self, purpose: str) -> int:
-        """Of this step's randomness; depends only on seed, step and purpose."""
-        words = (self.args.seed, self.iteration, zlib.crc32(purpose.encode()))
+        """Of this share's randomness; depends only on seed, step, purpose and share."""
+        share = self.args.rank * self.args.accumulate + self.share
+        words = (self.args.seed, self.iteration, zlib.crc32(purpose.encode()), share)
         return int(np.random.SeedSequence(words).generate_state(1)[0])
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -142,6 +195,8 @@ class Run:
         if done % self.eval_every and done != last:
             return
         self._progress(done)
+        if not self.first:
+            return
         scores = _score(self.networks, self.data, self.args)
         self.miou = scores[self.headline]["miou"]
         self._append({"iteration": done, **scores})
@@ -172,9 +227,13 @@ class Run:
         if not self.means:  # printed already
             return
         self._tick()
+        for total, _ in self.means.values() if self.args.processes > 1 else ():
+            dist.all_reduce(total.div_(self.args.processes))
         self._check_finite(done)
         means = {name: (total / count).item() for name, (total, count) in self.means.items()}
         self.means = {}
+        if not self.first:
+            return
         rate = (done - self.start) / max(self.seconds - self.began, 1e-9)
         lr = self.state["optimizer"].param_groups[0]["lr"]
         self._append({"iteration": done, **means, "lr": lr, "seconds": round(self.seconds, 2)})
@@ -198,6 +257,8 @@ class Run:
     def _save(self, done: int) -> None:
         self._tick()
         self._check_finite(done)
+        if not self.first:
+            return
         checkpoint = {
             **self._config(),
             "iteration": done,
@@ -215,7 +276,7 @@ class Run:
 
     def _config(self) -> dict:
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
-        left_out += ("out", "method", "output_dir", "output_dir_given")
+        left_out += ("out", "method", "output_dir", "output_dir_given", "rank")
         return {
             "method": self.args.method,
             "recipe": asdict(self.recipe),
@@ -238,6 +299,8 @@ class Run:
     def _make_folder(self) -> Path:
         """The folder given, or the first of FOLDER, FOLDER-2, ... that is free."""
         folder, fresh = Path(self.args.output_dir), self.args.checkpoint is None
+        if not self.first:
+            return folder
         if fresh and not self.args.output_dir_given:
             folder = next(path for path in numbered(self.args.output_dir) if not path.exists())
         elif fresh and (folder / "last.pt").exists():
