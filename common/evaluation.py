@@ -1,8 +1,10 @@
 """Scores of a network on labeled images, its predictions on any picture, and pictures of both."""
 
 import math
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
-from common.datasets import Images, read_image, start_worker
+from common import InputError
+from common.datasets import Data, Images, open_dataset, read_image, start_worker
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -152,3 +155,65 @@ def _tile(values: Tensor, palette: Sequence) -> Tensor:
     if values.dtype == torch.bool:
         return (255 * values.byte()).expand(3, -1, -1)
     return TF.pil_to_tensor(colorize(values.byte().numpy(), palette).convert("RGB"))
+
+
+# ---- Evaluating and predicting with a checkpoint ----
+
+
+def autocast(args: Namespace) -> torch.autocast:
+    """bfloat16 where --precision says so."""
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def score(networks: dict[str, nn.Module], data: Data, args: Namespace) -> dict[str, dict]:
+    """evaluate on the validation set with the command line's device, workers and precision."""
+    options = {"device": args.device, "workers": args.workers}
+    return evaluate(
+        networks, data.val, data.num_classes, **options, autocast=partial(autocast, args)
+    )
+
+
+def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
+    checkpoint = args.checkpoint
+    loaded = network(recipe, len(checkpoint["class_names"]), args.weights != "none")
+    try:
+        loaded.load_state_dict(checkpoint["state"][name])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"the checkpoint does not fit the network: {reason}") from error
+    return loaded.to(args.device).eval()
+
+
+def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
+    """Print the IoU of a checkpoint's student and teacher (--evaluate)."""
+    known, full = args.checkpoint["class_names"], args.full_resolution
+    data = open_dataset(args.dataset, args.data_dir, size=recipe.size, full_labels=full)
+    if known != list(data.class_names):
+        raise InputError(
+            f"--evaluate: trained on {len(known)} classes ({', '.join(known)}), but "
+            f"{args.dataset} has {data.num_classes} ({', '.join(data.class_names)})"
+        )
+    networks = {n: _load_network(recipe, args, network, n) for n in ("student", "teacher")}
+    scores = score(networks, data, args)
+    size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
+    print(f"{len(data.val)} validation images, labels at {size}")
+    print(iou_table(scores, data.class_names))
+
+
+def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
+    """Write what a checkpoint's headline network sees in pictures (--predict)."""
+    if len(args.predict) < 2:
+        raise InputError("--predict: give a checkpoint and at least one image")
+    paths = [Path(name) for name in args.predict[1:]]
+    if len({path.stem for path in paths}) < len(paths):
+        raise InputError("--predict: two pictures have the same name; they would share a file")
+    best = _load_network(recipe, args, network, args.checkpoint["headline"])
+    folder = Path(args.out)
+    for path in paths:
+        picture, prediction = predict(best, path, recipe.size, args.device)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_prediction(folder, path.stem, picture, prediction, args.checkpoint["palette"])
+        except OSError as error:
+            raise InputError(f"--out {folder}: cannot write there ({error})") from error
+        print(f"{path} -> {folder / path.stem}.png and {folder / path.stem}_overlay.png")

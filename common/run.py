@@ -25,13 +25,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import InputError
-from common.datasets import Batches, Data, endless, open_dataset
+from common.datasets import Batches, Data, endless
 from common.deeplab import Loaded
-from common.evaluation import evaluate, iou_table, predict, save_prediction, save_samples
+from common.evaluation import (
+    autocast,
+    evaluate_checkpoint,
+    iou_table,
+    predict_pictures,
+    save_samples,
+    score,
+)
 from common.flags import numbered, parse_args
 
 
@@ -46,9 +53,9 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         if args.processes > 1:
             _join(args)
         if args.evaluate:
-            _evaluate_checkpoint(recipe, args, network)
+            evaluate_checkpoint(recipe, args, network)
         elif args.predict:
-            _predict_pictures(recipe, args, network)
+            predict_pictures(recipe, args, network)
         else:
             train(recipe, args)
     except InputError as error:
@@ -145,7 +152,7 @@ class Run:
         """Around a forward pass of the student; gradients are exchanged after the last one only."""
         last = last and self.share == self.args.accumulate - 1
         alone = self.args.processes == 1
-        with nullcontext() if last or alone else self.student.no_sync(), _autocast(self.args)():
+        with nullcontext() if last or alone else self.student.no_sync(), autocast(self.args):
             yield
 
     def step_seed(self, purpose: str) -> int:
@@ -197,7 +204,7 @@ class Run:
         self._progress(done)
         if not self.first:
             return
-        scores = _score(self.networks, self.data, self.args)
+        scores = score(self.networks, self.data, self.args)
         self.miou = scores[self.headline]["miou"]
         self._append({"iteration": done, **scores})
         text = ", ".join(f"{name} {100 * score['miou']:.2f}%" for name, score in scores.items())
@@ -380,61 +387,3 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# ---- Evaluating and predicting with a checkpoint ----
-
-
-def _autocast(args: argparse.Namespace) -> Callable:
-    """Makes the context of bfloat16 where --precision says so."""
-    bf16 = args.precision == "bf16"
-    return partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bf16)
-
-
-def _score(networks: dict, data: Data, args: argparse.Namespace) -> dict[str, dict]:
-    options = {"device": args.device, "workers": args.workers, "autocast": _autocast(args)}
-    return evaluate(networks, data.val, data.num_classes, **options)
-
-
-def _load_network(recipe, args: argparse.Namespace, network: Callable, name: str) -> nn.Module:
-    checkpoint = args.checkpoint
-    loaded = network(recipe, len(checkpoint["class_names"]), args.weights != "none")
-    try:
-        loaded.load_state_dict(checkpoint["state"][name])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise InputError(f"the checkpoint does not fit the network: {reason}") from error
-    return loaded.to(args.device).eval()
-
-
-def _evaluate_checkpoint(recipe, args: argparse.Namespace, network: Callable) -> None:
-    known, full = args.checkpoint["class_names"], args.full_resolution
-    data = open_dataset(args.dataset, args.data_dir, size=recipe.size, full_labels=full)
-    if known != list(data.class_names):
-        raise InputError(
-            f"--evaluate: trained on {len(known)} classes ({', '.join(known)}), but "
-            f"{args.dataset} has {data.num_classes} ({', '.join(data.class_names)})"
-        )
-    networks = {n: _load_network(recipe, args, network, n) for n in ("student", "teacher")}
-    scores = _score(networks, data, args)
-    size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
-    print(f"{len(data.val)} validation images, labels at {size}")
-    print(iou_table(scores, data.class_names))
-
-
-def _predict_pictures(recipe, args: argparse.Namespace, network: Callable) -> None:
-    if len(args.predict) < 2:
-        raise InputError("--predict: give a checkpoint and at least one image")
-    paths = [Path(name) for name in args.predict[1:]]
-    if len({path.stem for path in paths}) < len(paths):
-        raise InputError("--predict: two pictures have the same name; they would share a file")
-    best = _load_network(recipe, args, network, args.checkpoint["headline"])
-    folder = Path(args.out)
-    for path in paths:
-        picture, prediction = predict(best, path, recipe.size, args.device)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_prediction(folder, path.stem, picture, prediction, args.checkpoint["palette"])
-        except OSError as error:
-            raise InputError(f"--out {folder}: cannot write there ({error})") from error
-        print(f"{path} -> {folder / path.stem}.png and {folder / path.stem}_overlay.png")

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-TINY = "--dataset camvid --labeled 4 --size 48 64 --weights none --layers 1 1 1 1 --width 4".split()
-TINY += "--optimizer adam --lr 1e-3 --head-factor 1 --batch-size 4 --workers 0".split()
-TINY += "--warmup 2 --extra-augmentations --eval-every 6 --aspp-rates 1 2".split()
+TINY = """--dataset camvid --labeled 4 --size 48 64 --weights none --layers 1 1 1 1 --width 4
+--optimizer adam --lr 1e-3 --head-factor 1 --batch-size 4 --workers 0 --aspp-rates 1 2
+--warmup 2 --extra-augmentations --eval-every 6"""
 
 
 def start(processes: int, *argv) -> subprocess.Popen:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [ROOT / "classmix.py", *TINY, *argv]
+    command += [ROOT / "classmix.py", *TINY.split(), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*map(str, command)], env=env, text=True, **pipes)
