@@ -86,6 +86,7 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     add("--resume", metavar="CKPT|auto", help="go on from a last.pt; auto: from the newest, if any")
     add("--eval-every", type=positive, metavar="STEPS", help="default: an eighth of the run")
     add("--save-every", type=positive, metavar="STEPS", help="default: a fortieth of the run")
+    add("--tensorboard", action="store_true", help="write TensorBoard's event files too")
     add("--evaluate", metavar="CKPT", help="print the IoU of student and teacher, do not train")
     add("--full-resolution", action="store_true", help="score at the labels' own size")
     add("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, do not train")

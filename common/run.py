@@ -113,7 +113,9 @@ class Run:
         if args.checkpoint is not None:
             self._restore(args.checkpoint)
         self.iteration, self.began, self.signal = self.start, self.seconds, None
+        board = _summary_writer() if args.tensorboard and self.first else None
         self.folder = self._make_folder()
+        self.board = board and board(self.folder)
         length = recipe.iterations
         self.log_every = max(10, min(100, length // 50))
         self.eval_every = args.eval_every or max(1, length // 8)
@@ -346,6 +348,9 @@ class Run:
     def _append(self, entry: dict) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        for name, value in entry.items() if self.board else ():
+            value = value["miou"] if isinstance(value, dict) else value
+            self.board.add_scalar(name, value, entry["iteration"])
 
     def _tick(self) -> None:
         """Count the time since the last tick; evaluation sets the clock anew."""
@@ -364,6 +369,14 @@ class Run:
         if self.signal:  # asked twice: at once
             sys.exit(128 + number)
         self.signal = number
+
+
+def _summary_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard: pip install tensorboard first") from error
+    return SummaryWriter
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

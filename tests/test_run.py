@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -158,6 +160,21 @@ def test_folder_trains_and_predicts_pictures_of_any_size(command, folder, tmp_pa
     assert Image.open(tmp_path / "p/mine_overlay.png").size == (37, 51)
     status, printed, _ = command("classmix", "--evaluate", out / "last.pt", "--full-resolution")
     assert status == 0 and "sky" in printed
+
+
+def test_tensorboard_gets_what_the_log_gets(command, camvid, tmp_path, monkeypatch):
+    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, _, errors = command("classmix", *args, "--output-dir", tmp_path / "no")
+    assert status == 2 and "--tensorboard" in errors and not (tmp_path / "no").exists()
+    board = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    command("classmix", *args, "--iterations", 2, "--output-dir", tmp_path / "run")
+    board.SummaryWriter.assert_called_once_with(tmp_path / "run")
+    calls = [call.args for call in board.SummaryWriter.return_value.add_scalar.call_args_list]
+    last = read_log(tmp_path / "run")[-1]
+    assert ("student", last["student"]["miou"], 2) in calls
+    assert {"loss_l", "loss_u", "lambda", "lr", "teacher"} <= {name for name, *_ in calls}
 
 
 def test_streets_is_the_default(command, tmp_path):
