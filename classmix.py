@@ -86,16 +86,15 @@ class Recipe:
     aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations of the classifiers; code: 6 12
 
 
-VOC = replace(
-    Recipe(), size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10
-)
+VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
 SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
 ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
-# Not in the paper: camvid (Cityscapes' recipe at CamVid's size), folder (VOC's), streets.
+# Not in the paper: camvid and bdd100k (Cityscapes' recipe, other sizes), folder (VOC's), streets.
 RECIPES = {
     "cityscapes": Recipe(),
     "voc": VOC,  # section 4.1
     "camvid": replace(Recipe(), size=(360, 480), flip=True),
+    "bdd100k": replace(Recipe(), size=(360, 640)),
     "folder": VOC,
     "streets": replace(ADAM, flip=True, batch_size=4, iterations=2_000, warmup=300),
 }

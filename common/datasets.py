@@ -7,7 +7,7 @@ import itertools
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,18 +16,13 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
+from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import InputError, streets
+from common import InputError, layouts, streets, warn
+from common.layouts import INVALID, VOID, read_lines
 
-VOID = 255
-_INVALID = 254  # in a table of label ids: an id that the data set does not have
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-
-# Names and colours (hexadecimal RGB) by class id; CamVid's are those of its SegNet version.
-_CAMVID = """sky 808080, building 800000, pole c0c080, road 804080, pavement 3c28de, tree 808000,
-sign c08080, fence 404080, car 400080, pedestrian 404000, bicyclist 0080c0"""
 _STREETS = {"train": 800, "val": 200}  # scenes
 # What the flags --labeled and --weights are where they are not given.
 DEFAULTS = {
@@ -35,6 +30,7 @@ DEFAULTS = {
     "voc": {"labeled": "1/8", "weights": "imagenet"},
     "streets": {"labeled": "32", "weights": "none"},
     "camvid": {"labeled": "30", "weights": "imagenet"},
+    "bdd100k": {"labeled": "1/8", "weights": "imagenet"},
     "folder": {"labeled": "1.0", "weights": "imagenet"},
 }
 
@@ -66,6 +62,8 @@ class Images(Dataset):
             label = Image.new("L", image.size, VOID)
         else:
             label = Image.fromarray(_read_label(label_path, self.label_table))
+        if label.size != image.size:
+            raise InputError(f"{label_path}: {label.size} pixels, but its image has {image.size}")
         if self.size is not None:
             width_height = self.size[::-1]
             image = image.resize(width_height, Image.Resampling.BILINEAR)
@@ -80,6 +78,7 @@ class Scenes(Images):
     def __init__(self, part: str, size: tuple[int, int]):
         count, seed = _STREETS[part], list(_STREETS).index(part)
         self.names = [f"{part}_{index:05d}" for index in range(count)]
+        self.files = [(Path(name), None) for name in self.names]
         self.has_label, self.same_size = [True] * count, True
         drawn = [streets.draw(seed, index, size) for index in range(count)]
         images, labels = (torch.from_numpy(np.stack(maps)) for maps in zip(*drawn, strict=True))
@@ -108,7 +107,7 @@ class Data:
 def open_dataset(
     name: str, data_dir: str | Path | None, *, size: tuple | None = None, full_labels: bool = False
 ) -> Data:
-    """Open "streets", "camvid" or "folder"; check every file's header.
+    """Open "streets" or a data set of common/layouts.py; check every file's header.
 
     size (height, width) is what images and labels are resized to, None leaves them. full_labels
     keeps the labels of val and test at their own size. InputError names the first bad file.
@@ -116,92 +115,30 @@ def open_dataset(
     if name == "streets":
         parts = {part: Scenes(part, size or (64, 128)) for part in _STREETS}
         return Data(**parts, class_names=streets.CLASS_NAMES, palette=streets.PALETTE)
-    openers = {"camvid": _camvid_files, "folder": _folder_files}
-    if name not in openers:
-        raise InputError(f"--dataset {name}: can be read so far: streets, {', '.join(openers)}")
+    if name not in layouts.FILES:
+        raise InputError(f"--dataset {name}: is none of streets, {', '.join(layouts.FILES)}")
     root = Path(data_dir or Path("data") / name)
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
-    files, table, class_names, palette = openers[name](root)
+    files, table, class_names, palette = layouts.FILES[name](root)
+    if empty := [part for part in files if not files[part]]:
+        raise InputError(f"--data-dir {root}: no {empty[0]} image has a label")
     parts = {p: Images(f, table, size, full_labels and p != "train") for p, f in files.items()}
+    counts = {part: len(images) for part, images in parts.items()}
+    published = {p: n for p, n in layouts.COUNTS.get(name, counts).items() if p in counts}
+    if counts != published:
+        warn(f"--data-dir {root}: images are {counts}, published are {published}")
     return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
-
-
-def _camvid_files(root: Path):
-    """SegNet's layout: {train,val,test}/NAME.png (or JPEG), {train,val,test}annot/NAME.png."""
-    root = root / "CamVid" if (root / "CamVid" / "train").is_dir() else root
-    parts = ["train", "val"] + ["test"] * (root / "test").is_dir()
-    files = {part: _pairs(root / part, root / f"{part}annot") for part in parts}
-    classes = [entry.rsplit(maxsplit=1) for entry in _CAMVID.split(",")]
-    palette = [tuple(bytes.fromhex(color)) for _, color in classes]
-    return files, _table([*range(11), VOID]), [name.strip() for name, _ in classes], palette
-
-
-def _folder_files(root: Path):
-    """images/{train,val}, labels/{train,val} paired by stem (sub-folders too), classes.txt."""
-    listed = root / "classes.txt"
-    if not listed.is_file():
-        raise InputError(f"{listed}: missing; it lists the class names, one a line, id 0 first")
-    names = _lines(listed)
-    if not 2 <= len(names) < _INVALID:
-        raise InputError(f"{listed}: {len(names)} classes; 2 to {_INVALID - 1} are possible")
-    images, labels = root / "images", root / "labels"
-    train = _pairs(images / "train", labels / "train", unlabeled=True)
-    files = {"train": train, "val": _pairs(images / "val", labels / "val")}
-    return files, _table(range(len(names))), names, voc_palette(len(names))
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file, without blank ones."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _pairs(images: Path, labels: Path, *, unlabeled: bool = False) -> dict:
-    """Name (path without suffix) -> image and label path; unlabeled: or None for the label."""
-    image_of, label_of = _by_stem(images, _IMAGE_SUFFIXES), _by_stem(labels, (".png",))
-    for name in sorted(label_of.keys() ^ image_of.keys()):
-        if name in label_of or not unlabeled:
-            alone, other = (label_of, images) if name in label_of else (image_of, labels)
-            raise InputError(f"{alone[name]}: no file of the same name in {other}")
-    return {name: (image_of[name], label_of.get(name)) for name in image_of}
-
-
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files below folder with one of the suffixes, by their path without it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in found:
-                raise InputError(f"{path}: {found[stem].name} beside it has the same name")
-            found[stem] = path
-    if not found:
-        state = f"holds no {', '.join(suffixes)} file" if folder.is_dir() else "no such folder"
-        raise InputError(f"{folder}: {state}")
-    return found
-
-
-def _table(train_ids: Sequence[int]) -> np.ndarray:
-    """(256,) uint8: id in the file -> training id, from those of 0, 1, ...; 255 is always void."""
-    table = np.full(256, _INVALID, np.uint8)
-    table[VOID] = VOID
-    table[: len(train_ids)] = train_ids
-    return table
-
-
-def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """Pascal VOC's colour for each class id: its bits spread over red, green and blue."""
-    return [
-        tuple(sum((i >> (3 * bit + c) & 1) << (7 - bit) for bit in range(8)) for c in range(3))
-        for i in range(num_classes)
-    ]
 
 
 def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:
     """Width and height, from the headers; InputError if these are unreadable or do not fit."""
     size = _open(image_path).size
-    if label_path is not None:
+    if label_path is not None and label_path.suffix == ".mat":
+        with label_path.open("rb") as file:  # its size takes too long to read here
+            if file.read(10) != b"MATLAB 5.0":
+                raise InputError(f"{label_path}: an empty file or not one of MATLAB 5")
+    elif label_path is not None:
         label = _open(label_path)
         # Pillow stretches grey values of fewer bits to 0-255; ids must be read as they are.
         if label.mode not in ("L", "P") or label.tile[0][3] in ("L;2", "L;4"):
@@ -232,13 +169,21 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _read_label(path: Path, table: np.ndarray) -> np.ndarray:
-    ids = np.asarray(_open(path, decode=True))
+    ids = _mat_ids(path) if path.suffix == ".mat" else np.asarray(_open(path, decode=True))
     label = table[ids]
-    if (label == _INVALID).any():
-        wrong = ", ".join(map(str, np.unique(ids[label == _INVALID])[:5]))
-        known = np.flatnonzero(table < _INVALID).tolist()
+    if (label == INVALID).any():
+        wrong = ", ".join(map(str, np.unique(ids[label == INVALID])[:5]))
+        known = np.flatnonzero(table != INVALID)[:-1].tolist()
         raise InputError(f"{path}: label id {wrong} is none of {known} and not void, {VOID}")
     return label
+
+
+def _mat_ids(path: Path) -> np.ndarray:
+    """The classes of SBD's file of an image, uint8 (H,W)."""
+    try:
+        return loadmat(path)["GTcls"][0, 0]["Segmentation"].astype(np.uint8, casting="safe")
+    except Exception as error:  # loadmat raises nearly any type on a damaged file
+        raise InputError(f"{path}: a damaged file or not one of SBD's cls folder") from error
 
 
 # ---- Labeled and unlabeled ----
@@ -299,10 +244,11 @@ def _listed(train: Images, path: Path) -> list[int]:
         raise InputError(f"--labeled-list {path}: no such file")
     by_name = defaultdict(list)
     for index, name in enumerate(train.names):
-        by_name[Path(name).name].append(index)
+        for known in {Path(name).name, train.files[index][0].stem}:
+            by_name[known].append(index)
     by_name |= {name: [index] for index, name in enumerate(train.names)}
     chosen = set()
-    for line in _lines(path):
+    for line in read_lines(path):
         paths = [Path(line), Path(line.split()[0])]
         candidates = paths + [p.parent / p.stem for p in paths] + [p.stem for p in paths]
         found = next((by_name[str(name)] for name in candidates if str(name) in by_name), [])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,9 +29,69 @@ def write_pair(image_path: Path, label_path: Path | None, size, num_classes=3, s
         Image.fromarray(label).save(label_path)
 
 
+def publish(monkeypatch, name: str, **counts: int):
+    """Let counts be those that the data set was published with."""
+    from common import layouts
+
+    monkeypatch.setitem(layouts.COUNTS, name, counts)
+
+
+def write_cityscapes(root: Path, train=4, val=2, size=(48, 96), kinds=("labelIds",), parents=True):
+    """Official folders, alternating between two cities; parents: below those of the archives."""
+    for part, count in (("train", train), ("val", val)):
+        for k in range(count):
+            city = f"{part}{'ba'[k % 2]}"
+            name = f"{part}/{city}/{city}_{k:06d}_000019"
+            above = [f"{kind}_trainvaltest/" * parents for kind in ("leftImg8bit", "gtFine")]
+            image = root / f"{above[0]}leftImg8bit/{name}_leftImg8bit.png"
+            for kind in kinds:
+                label = root / f"{above[1]}gtFine/{name}_gtFine_{kind}.png"
+                write_pair(image, label, size, {"labelIds": 34, "labelTrainIds": 19}[kind], seed=k)
+                Image.new("RGBA", size[::-1]).save(str(label).replace(kind, "color"))
+    return root
+
+
+def write_voc(voc: Path, train=(), val=(), folder="SegmentationClass", size=(40, 60)):
+    """Images and palette masks of ids as "2007_000001", by number; ImageSets' val.txt."""
+    for k in (*train, *val):
+        name = f"2007_{k:06d}"
+        image, label = voc / f"JPEGImages/{name}.jpg", voc / folder / f"{name}.png"
+        write_pair(image, label, (size[0] + 4 * (k % 3), size[1]), 21, seed=k)
+        mask = Image.open(label)
+        mask.putpalette(list(range(255, -1, -1)) * 3)
+        mask.save(label)
+    lists = voc / "ImageSets/Segmentation"
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / "val.txt").write_text("".join(f"2007_{k:06d}\n" for k in val))
+    return voc
+
+
+def write_sbd(voc: Path, cls: Path, numbers, size=(40, 60)):
+    """SBD's .mat of some images of VOC, whose JPEGs are written where they are not there."""
+    cls.mkdir(parents=True)
+    for k in numbers:
+        name = f"2007_{k:06d}"
+        image = voc / f"JPEGImages/{name}.jpg"
+        if not image.exists():
+            write_pair(image, None, size, seed=k)
+        label = np.full(Image.open(image).size[::-1], k % 21, np.uint8)
+        savemat(cls / f"{name}.mat", {"GTcls": {"Segmentation": label, "Boundaries": [1]}})
+
+
+def write_bdd100k(root: Path, train=4, val=2, *, old=False, size=(36, 64)):
+    """images/10k and labels/sem_seg/masks, or the old layout."""
+    images, labels = ("images", "labels") if old else ("images/10k", "labels/sem_seg/masks")
+    for part, count in (("train", train), ("val", val)):
+        for k in range(count):
+            label = root / labels / part / f"{part}-{k}{'_train_id' * old}.png"
+            write_pair(root / images / part / f"{part}-{k}.jpg", label, size, 19, seed=k)
+    return root
+
+
 @pytest.fixture
-def camvid(tmp_path):
+def camvid(tmp_path, monkeypatch):
     """CamVid in SegNet's layout: 8 PNG training images, 3 JPEG validation images, 48x64."""
+    publish(monkeypatch, "camvid", train=8, val=3)
     root = tmp_path / "camvid"
     for part, count, suffix in (("train", 8, "png"), ("val", 3, "jpg")):
         for k in range(count):

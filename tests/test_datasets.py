@@ -15,7 +15,8 @@ from PIL import Image
 
 from common import InputError
 from common.augment import jitter_and_blur, scale_crop_flip
-from common.datasets import Batches, endless, open_dataset, select, split, voc_palette
+from common.datasets import Batches, endless, open_dataset, select, split
+from common.layouts import voc_palette
 
 REAL_CAMVID = Path(
     os.environ.get("CAMVID", Path(__file__).parents[2] / "shared" / "data" / "camvid")
