@@ -5,6 +5,7 @@ Everywhere here an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, o
 
 import itertools
 import math
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import InputError, layouts, streets, warn
+from common import InputError, cache, layouts, streets, warn
 from common.layouts import INVALID, VOID, read_lines
 
+_LARGE = 2**20  # pixels of an image that is worth a cache
 _STREETS = {"train": 800, "val": 200}  # scenes
 # What the flags --labeled and --weights are where they are not given.
 DEFAULTS = {
@@ -40,10 +42,17 @@ class Images(Dataset):
 
     Both are resized to size (height, width) where it is given, the image by PIL's antialiased
     bilinear filter, the label by its nearest; full_labels leaves the label at its own size. An
-    image without a label file gets an all-void one.
+    image without a label file gets an all-void one. prepare() may make a cache in cache_dir.
     """
 
-    def __init__(self, files: dict, label_table: np.ndarray, size: tuple | None, full_labels: bool):
+    def __init__(
+        self,
+        files: dict,
+        label_table: np.ndarray,
+        size: tuple | None,
+        full_labels: bool,
+        cache_dir: Path,
+    ):
         self.names = sorted(files)
         self.files = [files[name] for name in self.names]
         self.has_label = [label is not None for _, label in self.files]
@@ -51,11 +60,27 @@ class Images(Dataset):
         sizes = {_check_pair(image, label) for image, label in self.files}
         # Whether items can be stacked into a batch.
         self.same_size = len(sizes) == 1 or (size is not None and not full_labels)
+        resized = size is not None and not full_labels and sizes != {tuple(size[::-1])}
+        large = max(width * height for width, height in sizes) >= _LARGE
+        self.cache_dir, self.cache = cache_dir if resized and large else None, None
+
+    def prepare(self) -> None:
+        """Decode large images that are to be resized, with all cores, unless it is done already."""
+        if self.cache_dir is None or self.cache is not None:
+            return
+        workers = min(os.cpu_count() or 1, len(self))
+        options = {"num_workers": workers, "worker_init_fn": start_worker}
+        items = DataLoader(self, batch_size=None, **options)
+        sources = [path for pair in self.files for path in pair if path is not None]
+        settings = (self.size, self.label_table.tolist())
+        self.cache = cache.build(self.cache_dir, sources, settings, items)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.cache is not None:
+            return cache.read(self.cache, index)
         image_path, label_path = self.files[index]
         image = read_image(image_path)
         if label_path is None:
@@ -79,7 +104,7 @@ class Scenes(Images):
         count, seed = _STREETS[part], list(_STREETS).index(part)
         self.names = [f"{part}_{index:05d}" for index in range(count)]
         self.files = [(Path(name), None) for name in self.names]
-        self.has_label, self.same_size = [True] * count, True
+        self.has_label, self.same_size, self.cache_dir = [True] * count, True, None
         drawn = [streets.draw(seed, index, size) for index in range(count)]
         images, labels = (torch.from_numpy(np.stack(maps)) for maps in zip(*drawn, strict=True))
         self.images, self.labels = images.movedim(3, 1).contiguous(), labels
@@ -123,7 +148,11 @@ def open_dataset(
     files, table, class_names, palette = layouts.FILES[name](root)
     if empty := [part for part in files if not files[part]]:
         raise InputError(f"--data-dir {root}: no {empty[0]} image has a label")
-    parts = {p: Images(f, table, size, full_labels and p != "train") for p, f in files.items()}
+    cache_dir = root / ".cache-{}x{}".format(*(size or (0, 0)))
+    parts = {
+        part: Images(pairs, table, size, full_labels and part != "train", cache_dir / part)
+        for part, pairs in files.items()
+    }
     counts = {part: len(images) for part, images in parts.items()}
     published = {p: n for p, n in layouts.COUNTS.get(name, counts).items() if p in counts}
     if counts != published:
@@ -282,6 +311,9 @@ class Batches(Dataset):
     stream: int
     part: int = 0
     parts: int = 1
+
+    def __post_init__(self):
+        self.images.prepare()
 
     def __getitem__(self, t: int) -> tuple[Tensor, Tensor]:
         epoch, k = divmod(t, max(len(self.indices) // self.batch_size, 1))

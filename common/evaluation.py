@@ -49,6 +49,7 @@ def evaluate(
     Whole images, predicted at their resolution, compared at that of the labels. Train or eval mode
     is as before when it returns.
     """
+    images.prepare()
     options = {"num_workers": workers, "worker_init_fn": start_worker}
     loader = DataLoader(images, batch_size=8 if images.same_size else 1, **options)
     modes = {name: network.training for name, network in networks.items()}

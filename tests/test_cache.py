@@ -1,0 +1,209 @@
+"""The decoded cache, on generated files of Cityscapes' size."""
+
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import publish, write_cityscapes
+from PIL import Image
+from test_run import SMALL
+
+from common import InputError, cache
+from common.datasets import open_dataset
+
+SIZE = (64, 128)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cityscapes")
+    return write_cityscapes(root, train=3, val=1, size=(1024, 2048), parents=False)
+
+
+@pytest.fixture
+def tree(written, tmp_path, monkeypatch):
+    publish(monkeypatch, "cityscapes", train=3, val=1)
+    return shutil.copytree(written, tmp_path / "data")
+
+
+def open_train(tree, size=SIZE):
+    return open_dataset("cityscapes", tree, size=size).train
+
+
+def prepared(tree, size=SIZE):
+    train = open_train(tree, size)
+    train.prepare()
+    return train
+
+
+def made(tree, size=SIZE):
+    return sorted((tree / ".cache-{}x{}".format(*size) / "train").iterdir())
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for k in range(len(a)) for x, y in zip(a[k], b[k], strict=True))
+
+
+def test_the_cache_holds_what_direct_reading_gives(tree, capsys):
+    train, direct = prepared(tree), open_train(tree)
+    printed = capsys.readouterr().out
+    assert "3/3 images" in printed and printed.endswith("\n") and printed.count("\n") == 1
+    (place,) = made(tree)
+    assert train.cache == place and direct.cache is None and same(train, direct)
+    image = Image.open(direct.files[1][0])
+    wanted = np.asarray(image.resize(SIZE[::-1], Image.Resampling.BILINEAR))
+    assert image.size == (2048, 1024) and np.array_equal(train[1][0].movedim(0, 2), wanted)
+    label = Image.fromarray(direct.label_table[np.asarray(Image.open(direct.files[1][1]))])
+    wanted = np.asarray(label.resize(SIZE[::-1], Image.Resampling.NEAREST))
+    assert np.array_equal(train[1][1], wanted)
+    arrays = [np.load(place / f"{name}.npy", mmap_mode="r") for name in ("images", "labels")]
+    assert [a.shape for a in arrays] == [(3, 3, *SIZE), (3, *SIZE)]
+    assert {a.dtype for a in arrays} == {np.dtype(np.uint8)}
+
+
+def test_a_fresh_cache_is_used_and_a_stale_one_is_made_anew(tree, monkeypatch):
+    prepared(tree)
+    (first,) = made(tree)
+    stamp = first.stat().st_mtime_ns
+    assert prepared(tree).cache == first and first.stat().st_mtime_ns == stamp
+    moved = tree.rename(tree.with_name("moved"))
+    assert prepared(moved).cache.name == first.name
+    path = next(moved.rglob("trainb_000002*_leftImg8bit.png"))
+    before = path.stat()
+    Image.new("RGB", (2048, 1024), (9, 8, 7)).save(path)
+    train = prepared(moved)
+    (second,) = made(moved)
+    assert second.name != first.name and train[2][0].flatten(1).T.unique(dim=0).tolist() == [
+        [9, 8, 7]
+    ]
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    prepared(moved)
+    (third,) = made(moved)
+    monkeypatch.setattr(cache, "_VERSION", 0)
+    prepared(moved)
+    (fourth,) = made(moved)
+    assert len({first.name, second.name, third.name, fourth.name}) == 4
+    assert prepared(moved, (32, 64))[0][0].shape == (3, 32, 64)
+    assert made(moved) == [fourth]
+
+
+def test_only_large_images_that_are_resized_are_cached(tree, tmp_path):
+    small = write_cityscapes(tmp_path / "small", size=(512, 1024))
+    for root, options in (
+        (small, {"size": SIZE}),
+        (tree, {"size": None}),
+        (tree, {"size": (1024, 2048)}),
+        (tree, {"size": SIZE, "full_labels": True}),
+    ):
+        data = open_dataset("cityscapes", root, **options)
+        data.val.prepare()
+        assert data.val.cache is None and not list(root.glob(".cache*"))
+    image, label = data.val[0]
+    assert image.shape == (3, *SIZE) and label.shape == (1024, 2048)
+
+
+def test_a_damaged_source_leaves_no_cache(tree):
+    path = next(tree.rglob("trainb_000002*_leftImg8bit.png"))
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(InputError, match=path.name):
+        prepared(tree)
+    assert made(tree) == []
+
+
+def test_where_it_cannot_be_written_files_are_read_as_they_are(tree, capsys):
+    (tree / ".cache-64x128").write_text("a file")
+    train = prepared(tree)
+    errors = capsys.readouterr().err
+    assert errors.startswith("warning: no cache") and errors.count("\n") == 1
+    assert train.cache is None and train[0][0].shape == (3, *SIZE)
+
+
+class Items(list):
+    """Pairs of image and label; at each of them a look at the folder."""
+
+    def __init__(self, look, value=1):
+        pair = (torch.full((3, 4, 6), value).byte(), torch.full((4, 6), 2 * value).byte())
+        super().__init__([pair] * 3)
+        self.look = look
+
+    def __iter__(self):
+        for pair in super().__iter__():
+            self.look()
+            yield pair
+
+
+def nothing():
+    pass
+
+
+def test_nothing_half_written_is_ever_in_place(tmp_path):
+    def look():
+        seen.append([path.suffix for path in tmp_path.iterdir()])
+
+    def interrupt():
+        look()
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(tmp_path, [], (), Items(interrupt))
+    assert seen == [[".partial"]] * 2 and not list(tmp_path.iterdir())
+    place = cache.build(tmp_path, [], (), Items(look))
+    assert seen == [[".partial"]] * 5 and list(tmp_path.iterdir()) == [place]
+    assert sorted(path.name for path in place.iterdir()) == ["images.npy", "labels.npy"]
+    image, label = cache.read(place, 2)
+    assert (image == 1).all() and image.shape == (3, 4, 6) and (label == 2).all()
+
+
+def test_a_slower_builder_takes_what_the_faster_one_made(tmp_path, monkeypatch, capsys):
+    move = os.replace
+
+    def meanwhile(*paths):
+        monkeypatch.setattr(os, "replace", move)
+        faster.append(cache.build(tmp_path, [], (), Items(nothing, 5)))
+        move(*paths)
+
+    faster = []
+    monkeypatch.setattr(os, "replace", meanwhile)
+    place = cache.build(tmp_path, [], (), Items(nothing))
+    assert faster == [place] == list(tmp_path.iterdir())
+    assert (cache.read(place, 0)[0] == 5).all() and capsys.readouterr().err == ""
+
+
+def build_and_read(folder: Path, barrier, results):
+    place = cache.build(folder, [], (), Items(barrier.wait))
+    results.put((place, [cache.read(place, k)[1].max().item() for k in range(3)]))
+
+
+def test_two_processes_build_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2, timeout=60), context.Queue()
+    arguments = (tmp_path / "cache", barrier, results)
+    builders = [context.Process(target=build_and_read, args=arguments) for _ in range(2)]
+    for builder in builders:
+        builder.start()
+    (place, labels), other = (results.get(timeout=60) for _ in builders)
+    for builder in builders:
+        builder.join()
+    assert other == (place, labels) and labels == [2, 2, 2]
+    assert list((tmp_path / "cache").iterdir()) == [place]
+
+
+def test_a_run_decodes_once(command, tree, tmp_path, capsys):
+    args = ("--dataset", "cityscapes", "--data-dir", tree, "--labeled", 1, *SMALL)
+    args += ("--size", *SIZE, "--iterations", 2, "--workers", 1)
+    for k in range(2):
+        status, printed, errors = command("classmix", *args, "--output-dir", tmp_path / f"{k}")
+        assert (status, errors) == (0, "") and printed.count("decoding") == 2 * (k == 0)
+    result = [(tmp_path / f"{k}/last.pt").read_bytes() for k in range(2)]
+    assert len(result[0]) == len(result[1])
+    path = next(tree.rglob("traina_000001*_leftImg8bit.png"))
+    path.write_bytes(path.read_bytes()[:9000])
+    status, _, errors = command("classmix", *args, "--output-dir", tmp_path / "bad")
+    assert status == 2 and errors.count("\n") == 1 and path.name in errors
+    assert errors.startswith(f"classmix.py: {tree}")
