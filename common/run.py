@@ -135,6 +135,10 @@ class Run:
     def batches(self, batch_size: int, transform: Callable, *, warmup: int) -> list[Iterator]:
         """Endless labeled and unlabeled batches; the latter start after warmup steps."""
         args, batches = self.args, []
+        if self.first:  # makes the cache once, for all processes
+            self.data.train.prepare()
+        if args.processes > 1:
+            dist.barrier()
         for stream, indices in enumerate(self.split):
             what = (self.data.train, indices, batch_size, transform, args.seed, stream)
             drawn = Batches(*what, part=args.rank, parts=args.processes)
