@@ -6,6 +6,9 @@ torchvision's ImageNet weights fit by name, though its network differs behind la
 position, dilation of the first blocks), as in the papers' code.
 """
 
+import hashlib
+import os
+import re
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +21,10 @@ from torchvision.models.resnet import Bottleneck
 
 from common import InputError
 
-# Mean and standard deviation that weights expect, RGB: of [0,1]; of 0-255, not divided by a std.
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CAFFE = (122.67891434, 116.66876762, 104.00698793), (1.0, 1.0, 1.0)
+# What weights expect of an image: in words, then mean and std for RGB in [0,1].
+IMAGENET = "RGB, ImageNet mean and std", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
+CAFFE = "BGR, 0-255 minus the mean", CAFFE_MEAN, (1 / 255, 1 / 255, 1 / 255)
 
 
 class DeepLabV2(nn.Module):
@@ -48,7 +52,7 @@ class DeepLabV2(nn.Module):
         self.frozen_statistics = batch_norm == "frozen"
         self.feature_channels = 32 * width
         # In the state dict, because they belong to the weights.
-        for name, value in zip(("mean", "std"), IMAGENET, strict=True):
+        for name, value in zip(("mean", "std"), IMAGENET[1:], strict=True):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -110,6 +114,33 @@ def _stage(in_channels: int, width: int, blocks: int, *, stride: int, dilation: 
     return nn.Sequential(first, *rest)
 
 
+# Kinds of weights file: name, pattern of a key that tells it, beginning of its classifiers' keys
+# ("-": unlike ours), input (None: stored in the file). The first that fits counts.
+FORMATS = (
+    ("this repository", r"mean", "-", None),
+    ("kazuto1011 DeepLab", r"(base\.)?layer1\.conv1\.conv\.weight", r"aspp\.c", CAFFE),
+    ("AdvSemiSeg/ClassMix", r"Scale\..*|layer5\..*", r"layer5\.conv2d_list\.", CAFFE),
+    # ST++ trains on ImageNet mean and std; the file that people have is the converted Caffe one.
+    ("DST-CBC/ST++", r"classifier\.(0\.convs\.)?3\.weight", r"classifier\.(0\.convs\.)?", CAFFE),
+    ("C3-SemiSeg", r"body\.conv1\.weight", r"decoder\.conv2d_list\.", IMAGENET),
+    ("torchvision", r"(backbone\.)?conv1\.weight", "-", IMAGENET),
+)
+RENAMES = (  # in this order; all but the first are kazuto1011's, who counts from 1 and the stem
+    (r"^(Scale|backbone|body|base)\.", ""),
+    (r"^layer1\.conv1\.(conv|bn)\.", r"\g<1>1."),
+    (r"^layer(\d)\.block(\d+)", lambda m: f"layer{int(m[1]) - 1}.{int(m[2]) - 1}"),
+    (r"\.reduce\.(conv|bn)\.", r".\g<1>1."),
+    (r"\.conv3x3\.(conv|bn)\.", r".\g<1>2."),
+    (r"\.increase\.(conv|bn)\.", r".\g<1>3."),
+    (r"\.shortcut\.conv\.", ".downsample.0."),
+    (r"\.shortcut\.bn\.", ".downsample.1."),
+)
+BACKBONE = r"(conv1|bn1|layer\d|mean|std)\b"
+STEM = r"(.+\.)?(conv1|stem)\.0\.weight|([a-z_]+\.)*conv1\.weight"
+# What networks are stored under, students before teachers.
+WRAPPERS = "student", "model", "state_dict", "model_state", "teacher", "ema_model", "teacher_state"
+
+
 class Loaded(NamedTuple):
     """What load_weights did: the kind of file and the names of tensors."""
 
@@ -127,62 +158,92 @@ class Loaded(NamedTuple):
 def load_weights(model: DeepLabV2, source: str | Path) -> Loaded:
     """Fill model from "imagenet" (torchvision), "none" (stays as initialised) or a local file.
 
-    A file is a state dict of a torchvision ResNet, of this class, or with the key names of the
-    ClassMix code (Caffe weights: 0-255, BGR; conv1 is turned round, so that images stay RGB). The
-    network's mean and std become those of the weights. InputError where the backbone does not fit.
+    A file is of one of FORMATS. The network's mean and std become those of the weights, conv1 of
+    BGR weights is turned round, so that images stay RGB. Classifiers load where they fit;
+    InputError where the backbone does not.
     """
     if str(source) == "none":
-        kind = "none (Kaiming initialisation; batch norm: batch statistics, trained affine)"
-        return Loaded(kind, [], [], [])
-    state = _imagenet_state() if str(source) == "imagenet" else _read_state(Path(source))
-    kind, (mean, std) = "torchvision ImageNet", torch.tensor(IMAGENET).view(2, 3, 1, 1)
-    if any(key.startswith("layer5.") for key in state):
-        kind, (mean, std) = "Caffe-style DeepLab", torch.tensor(CAFFE).view(2, 3, 1, 1) / 255
-        state = {k.replace("layer5.conv2d_list.", "classifiers."): v for k, v in state.items()}
-        if "conv1.weight" in state:
-            state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
-    elif "mean" in state and "std" in state:
-        kind, mean, std = "this repository's", state["mean"], state["std"]
-    state = {k: v for k, v in state.items() if "num_batches" not in k} | {"mean": mean, "std": std}
+        return Loaded("none (Kaiming initialisation; batch statistics, trained affine)", [], [], [])
+    read = _imagenet_state() if str(source) == "imagenet" else _read_state(Path(source))
+    kind, state = _translate(*read, source)
     own = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
     matched = [key for key in own if key in state and state[key].shape == own[key].shape]
     missing = [key for key in own if key not in matched]
-    unused = [key for key in state if key not in matched]
-    differing = dict.fromkeys(missing + unused)
-    if wrong := [key for key in differing if not key.startswith(("classifiers.", "fc."))]:
-        raise InputError(
-            f"--weights {source}: the backbone does not fit this network (its layers and width, "
-            f"and the key names of torchvision or of the ClassMix code): {_some(wrong)}"
-        )
+    unused = [key for key in state if key not in matched and "num_batches" not in key]
+    if wrong := [k for k in dict.fromkeys(missing + unused) if re.match(BACKBONE, k)]:
+        why = f"the backbone does not fit this network ({kind}; are layers and width the same?)"
+        raise InputError(f"--weights {source}: {why}: {_some(wrong)}")
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
     return Loaded(kind, [k for k in matched if k not in ("mean", "std")], missing, unused)
 
 
-def _imagenet_state() -> dict[str, Tensor]:
+def _translate(state: dict[str, Tensor], taken: str, source) -> tuple[str, dict[str, Tensor]]:
+    """What the keys show the file to be; its tensors as DeepLabV2's: keys, RGB, mean and std."""
+    deep = (k for k, v in state.items() if re.fullmatch(STEM, k) and v.shape[2:] == (3, 3))
+    if stem := next(deep, None):
+        why = f"a deep-stem ResNet (v1c: {stem} is 3x3); this network's conv1 is 7x7"
+        raise InputError(f"--weights {source}: {why}, as torchvision's")
+    fitting = [f for f in FORMATS if any(re.fullmatch(f[1], key) for key in state)]
+    if not fitting:
+        keys, known = _some(list(state)), ", ".join(name for name, *_ in FORMATS)
+        raise InputError(f"--weights {source}: no known key names ({keys}); known: {known}")
+    name, _, head, expects = fitting[0]
+    for pattern, new in (*RENAMES, (f"^{head}", "classifiers.")):
+        state = {re.sub(pattern, new, key): value for key, value in state.items()}
+    if expects is None:
+        return f"{name}{taken} (input as stored)", state
+    state["mean"], state["std"] = torch.tensor(expects[1:]).view(2, 3, 1, 1)
+    if expects is CAFFE and "conv1.weight" in state:
+        state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
+    return f"{name}{taken} ({expects[0]})", state
+
+
+def _imagenet_state() -> tuple[dict[str, Tensor], str]:
     weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if cached.is_file():
+        _check_hash(cached)  # torch.hub checks only what it downloads
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=True, check_hash=True), " ImageNet"
     except (OSError, HTTPException, RuntimeError) as error:
         raise InputError(
             f"--weights imagenet: cannot download {weights.url} ({error}); fetch it elsewhere and "
-            f"put it in {torch.hub.get_dir()}/checkpoints, or pass --weights FILE or --weights none"
+            f"put it in {cached.parent}, or pass --weights FILE or --weights none"
         ) from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"--weights {path}: no such file (or 'imagenet' or 'none')")
+def _read_state(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a file by name, and which one of several networks in it they are."""
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise InputError(f"--weights {path}: no such file, or unreadable (or 'imagenet' or 'none')")
+    _check_hash(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly any type on a foreign file
-        raise InputError(f"--weights {path}: not a file of tensors as torch.save writes") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    named = state.items() if isinstance(state, dict) else ()
-    tensors = {str(k).removeprefix("module."): v for k, v in named if isinstance(v, Tensor)}
-    if not tensors:
+        why = "not a file of tensors as torch.save writes"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"holds a pickled {found[1]}, as a whole module does: save its state_dict()"
+        raise InputError(f"--weights {path}: {why}") from error
+    content = content if isinstance(content, dict) else {}
+    names = dict.fromkeys((content.get("headline"), *WRAPPERS))
+    content = content["state"] if isinstance(content.get("state"), dict) else content  # last.pt
+    held = [name for name in names if isinstance(content.get(name), dict)]
+    content, strip = content[held[0]] if held else content, r"(^|\.)((module|_orig_mod)\.)+"
+    state = {re.sub(strip, r"\1", str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not state:
         raise InputError(f"--weights {path}: holds no state dict")
-    return tensors
+    return state, ": its " + ", not its ".join(held[:2]) if held else ""
+
+
+def _check_hash(path: Path) -> None:
+    """torch.hub's file names end in the first digits of the sha256: name-41f33a49.pth."""
+    named = re.search(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.", path.name)  # -20210507. is a date
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while named and (chunk := file.read(2**20)):
+            digest.update(chunk)
+    if named and not digest.hexdigest().startswith(named[1]):
+        raise InputError(f"--weights {path}: sha256 is not {named[1]}...: damaged or another file")
 
 
 def _some(names: list[str]) -> str:

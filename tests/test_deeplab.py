@@ -1,7 +1,10 @@
 """common/deeplab.py: layout, modes and weight files."""
 
+import hashlib
 import re
+import sys
 import urllib.error
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,17 +17,21 @@ from torchvision.models.resnet import Bottleneck
 from common import InputError
 from common.deeplab import DeepLabV2, load_weights
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from weight_formats import SHAPE, contents, kazuto, published, randomize, rename
+
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of the published weights, 0-255
-LAYERS = (2, 1, 1, 1)
+LAYERS = SHAPE["layers"]
 STATISTICS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # RGB
 
-
+CONTENTS = contents(5)
 HEAD = [f"classifiers.{k}.{part}" for k in range(4) for part in ("weight", "bias")]
 
 
 def small(num_classes=5, **options):
     torch.manual_seed(0)
-    return DeepLabV2(num_classes, **{"layers": LAYERS, "width": 4} | options)
+    return DeepLabV2(num_classes, **SHAPE | options)
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +128,6 @@ def assert_same(state, expected):
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
 
 
-def randomize(state):
-    """Normal weights scaled to keep the activations' size; positive variances."""
-    for name, value in state.items():
-        if value.is_floating_point():
-            value.normal_(std=max(1, value[0].numel()) ** -0.5)
-            if name.endswith("running_var"):
-                value.abs_().add_(0.5)
-    return state
-
-
 def torchvision_net():
     torch.manual_seed(1)
     net = ResNet(Bottleneck, list(LAYERS)).eval()
@@ -167,14 +164,6 @@ def test_imagenet_weights_without_network(error, monkeypatch):
         load_weights(small(), "imagenet")
 
 
-def published_state(num_classes):
-    """As resnet101COCO-41f33a49.pth, smaller: its key names, no num_batches_tracked."""
-    state = small(num_classes).state_dict()
-    left_out = [name for name in state if name in ("mean", "std") or "num_batches" in name]
-    state = {name: state[name] for name in state if name not in left_out}
-    return randomize({k.replace("classifiers", "layer5.conv2d_list"): v for k, v in state.items()})
-
-
 def published_forward(state, image):
     """Features and logits of the published network, all four branches, fed with BGR, 0-255."""
 
@@ -203,28 +192,111 @@ def published_forward(state, image):
     return x, F.interpolate(y, image.shape[2:], mode="bilinear", align_corners=True)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "model", "module."])
+def load(content, path, **options):
+    """A small network with these weights, and the report."""
+    torch.save(content, path)
+    model = small(**options)
+    return model, load_weights(model, path)
+
+
+WRAPS = {
+    "plain": lambda state: state,
+    "num_batches_tracked": lambda state: state | {"bn1.num_batches_tracked": torch.tensor(7)},
+    "model": lambda state: {"model": state, "optimizer": {"state": {}}, "epoch": 3},
+    "module.": lambda state: rename(state, {"": "module."}),
+    "compiled": lambda state: rename(state, {"": "_orig_mod.module."}),
+    "compiled stage": lambda state: rename(state, {"layer1": "layer1._orig_mod"}),
+    "Scale.": lambda state: rename(state, {"": "Scale."}),
+    "kazuto1011": lambda state: kazuto(state, "base."),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
 def test_load_published_weights(wrap, tmp_path):
-    state, model, image = published_state(5), small().eval(), torch.rand(2, 3, 200, 232)
-    stored = {f"module.{k}": v for k, v in state.items()} if wrap == "module." else state
-    torch.save({"model": stored} if wrap == "model" else stored, tmp_path / "coco.pth")
-    report = load_weights(model, tmp_path / "coco.pth")
+    """The network computes what the published one computes on BGR, 0-255."""
+    state, image = published(5), torch.rand(2, 3, 200, 232)
+    model, report = load(WRAPS[wrap](state), tmp_path / "coco.pth")
     assert report.missing == report.unused == [] and len(report.matched) == len(state)
     features, logits = published_forward(state, image)
-    torch.testing.assert_close(model.features(image), features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.eval().features(image), features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
     mean = torch.tensor(BGR_MEAN).flip(0) / 255
     torch.testing.assert_close(model.mean.flatten(), mean)
 
 
+BGR = (torch.tensor(BGR_MEAN).flip(0) / 255, torch.full((3,), 1 / 255))
+RGB = tuple(STATISTICS.flatten(1))
+STORED = (torch.full((3,), 0.25), RGB[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "statistics", "has_head", "unused"),
+    [
+        ("AdvSemiSeg", "AdvSemiSeg/ClassMix (BGR", BGR, True, 0),
+        ("ClassMix", "AdvSemiSeg/ClassMix: its model, not its ema_model (BGR", BGR, True, 0),
+        ("Pytorch-Deeplab", "AdvSemiSeg/ClassMix (BGR", BGR, True, 0),
+        ("torchvision classification", "torchvision (RGB", RGB, False, 2),
+        ("torchvision segmentation", "torchvision (RGB", RGB, False, 44),
+        ("DST-CBC", "DST-CBC/ST++: its model (BGR", BGR, True, 0),
+        ("ST++", "DST-CBC/ST++ (BGR", BGR, True, 0),
+        ("C3-SemiSeg", "C3-SemiSeg: its state_dict (RGB", RGB, True, 0),
+        ("kazuto1011", "kazuto1011 DeepLab (BGR", BGR, True, 0),
+        ("kazuto1011, COCO init", "kazuto1011 DeepLab (BGR", BGR, False, 1),
+        ("this repository", "this repository (input as stored", STORED, True, 0),
+        ("this repository, last.pt", "this repository: its student, not ", STORED, True, 0),
+    ],
+)
+def test_formats(name, kind, statistics, has_head, unused, tmp_path):
+    """Each tensor in its place, conv1 turned round where the input was BGR."""
+    model, report = load(CONTENTS[name], tmp_path / "weights.pth")
+    assert report.kind.startswith(kind) and len(report.unused) == unused
+    assert report.missing == ([] if has_head else HEAD)
+    expected = rename(published(5), {"layer5.conv2d_list": "classifiers"})
+    if statistics is BGR:
+        expected["conv1.weight"] = expected["conv1.weight"].flip(1)
+    if not has_head:
+        expected |= {key: small().state_dict()[key] for key in HEAD}
+    assert_same({key: model.state_dict()[key] for key in expected}, expected)
+    assert len(report.matched) == len(expected) - len(report.missing)
+    torch.testing.assert_close((model.mean.flatten(), model.std.flatten()), statistics)
+
+
+@pytest.mark.parametrize("student", ["model", "state_dict", "model_state", None])
+@pytest.mark.parametrize("teacher", ["ema_model", "teacher_state"])
+def test_student_before_teacher(student, teacher, tmp_path):
+    """Whatever their order in the file; the report says which it was."""
+    states = {teacher: published(5, seed=1)} | ({student: published(5)} if student else {})
+    model, report = load(states, tmp_path / "weights.pth")
+    assert_same(model.bn1.running_var, published(5, seed=0 if student else 1)["bn1.running_var"])
+    taken = f"its {student}, not its {teacher} (" if student else f"its {teacher} ("
+    assert taken in str(report)
+
+
+@pytest.mark.parametrize("headline", ["student", "teacher"])
+def test_checkpoint_gives_its_headline_network(headline, tmp_path):
+    networks = {"student": small(), "teacher": small()}
+    networks[headline].mean.fill_(0.3)
+    randomize(networks[headline].state_dict())
+    states = {name: network.state_dict() for name, network in networks.items()}
+    checkpoint = {"state": {"optimizer": {"state": {}}} | states, "headline": headline}
+    model, report = load(checkpoint, tmp_path / "last.pt")
+    assert report.missing == report.unused == [] and f"its {headline}, not its" in report.kind
+    assert_same(model.state_dict(), states[headline])
+
+
 def test_head_of_another_size_is_left_out(tmp_path):
-    torch.save(published_state(21), tmp_path / "voc.pth")
-    model = small(19)
-    report = load_weights(model, tmp_path / "voc.pth")
+    model, report = load(published(21), tmp_path / "voc.pth", num_classes=19)
     assert report.missing == report.unused == HEAD
     assert "kept at initialisation: classifiers.0.weight" in str(report)
     assert_same(model.classifiers.state_dict(), small(19).classifiers.state_dict())
-    assert_same(model.bn1.running_var, published_state(21)["bn1.running_var"])
+    assert_same(model.bn1.running_var, published(21)["bn1.running_var"])
+
+
+def without(state, part):
+    return {key: value for key, value in state.items() if part not in key}
+
+
+STEM = torch.zeros(4, 3, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +305,24 @@ def test_head_of_another_size_is_left_out(tmp_path):
         (None, "no such file"),
         (b"", "not a file of tensors"),
         (b"<html>moved</html>", "not a file of tensors"),
-        (nn.Conv2d(1, 1, 1), "not a file of tensors"),
+        (nn.Conv2d(1, 1, 1), "holds a pickled torch.nn.modules.conv.Conv2d, as a whole module"),
+        ({"model": nn.ReLU()}, "holds a pickled torch.nn.modules.activation.ReLU"),
         ({}, "holds no state dict"),
+        ([torch.zeros(1)], "holds no state dict"),
         ({"epoch": 3}, "holds no state dict"),
+        ({"state": {0: {"step": torch.zeros(1)}}}, "holds no state dict"),
         ({"conv1.weight": torch.zeros(4, 3, 7, 7)}, "does not fit.*bn1.weight"),
         (small(width=8).state_dict(), "does not fit.*conv1.weight"),
+        (small(layers=(3, 1, 11, 1)).state_dict(), r"does not fit.*layer1\.2"),
+        (without(small().state_dict(), "layer3.10."), r"does not fit.*layer3\.10"),
+        (without(small().state_dict(), "std"), "does not fit.*std"),
+        (without(published(5), "conv1.weight"), "does not fit.*conv1.weight"),
+        (CONTENTS["deep stem (v1c)"], "deep-stem.*conv1.0.weight is 3x3"),
+        ({"backbone.conv1.0.weight": STEM, "head.weight": STEM}, "deep-stem.*backbone.conv1.0"),
+        ({"module.backbone.stem.0.weight": STEM}, "deep-stem.*backbone.stem.0"),
+        ({"conv1.weight": STEM, "bn1.weight": torch.zeros(4)}, "deep-stem.*conv1.weight is 3x3"),
+        ({"conv1.weight": torch.zeros(4, 3, 7, 7), "layer1.0.conv1.weight": STEM}, "does not fit"),
+        (CONTENTS["foreign"], r"no known key names \(encoder.weight\); known: .*torchvision"),
     ],
 )
 def test_wrong_files(content, message, tmp_path):
@@ -246,9 +331,32 @@ def test_wrong_files(content, message, tmp_path):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(InputError, match=f"--weights {re.escape(str(path))}: .*{message}"):
+    with pytest.raises(InputError, match=f"--weights {re.escape(str(path))}: .*{message}") as error:
         load_weights(model, path)
+    assert "\n" not in str(error.value)
     assert_same(model.state_dict(), small().state_dict())
+
+
+def test_file_names_with_a_hash(tmp_path):
+    load(published(5), tmp_path / "plain.pth")
+    content = (tmp_path / "plain.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    for name in (digest[:8], digest, "20210507", "best", "2"):
+        (tmp_path / f"coco-{name}.pth").write_bytes(content)
+        load_weights(small(), tmp_path / f"coco-{name}.pth")
+    for name in ("41f33a49", digest[1:9], digest[:12] + "0000"):
+        (tmp_path / f"coco-{name}.pth").write_bytes(content)
+        with pytest.raises(InputError, match=rf"coco-{name}\.pth: sha256 is not {name}"):
+            load_weights(small(), tmp_path / f"coco-{name}.pth")
+
+
+def test_hash_of_cached_imagenet_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / Path(ResNet101_Weights.IMAGENET1K_V1.url).name
+    file.parent.mkdir()
+    file.write_bytes(b"cut short")
+    with pytest.raises(InputError, match=re.escape(f"--weights {file}: sha256 is not 63fe2227")):
+        load_weights(small(), "imagenet")
 
 
 def test_none_leaves_the_initialisation():
@@ -266,6 +374,3 @@ def test_weights_of_this_repository_keep_their_normalisation(tmp_path):
     report = load_weights(other, tmp_path / "own.pt")
     assert report.missing == report.unused == []
     assert_same(other.state_dict(), model.state_dict())
-    with pytest.raises(InputError, match=r"layer1\.2"):  # one block more than the network has
-        torch.save(small(layers=(3, 1, 1, 1)).state_dict(), tmp_path / "deep.pt")
-        load_weights(other, tmp_path / "deep.pt")
