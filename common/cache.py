@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from common import warn
 
@@ -20,8 +18,8 @@ _VERSION = 1  # of the code that decodes and resizes: to be raised when its pixe
 _NAMES = ("images", "labels")
 
 
-def build(folder: Path, sources: list[Path], settings: tuple, items: Iterable) -> Path | None:
-    """The folder below this one that holds the items, made of them unless it is there.
+def build(folder: Path, sources: list[Path], settings, count: int, items: Iterable) -> Path | None:
+    """The folder below this one that holds the items, made of this count of them if not there.
 
     It is stale when settings or the place, size or time of a source have changed. None, with a
     warning, where it cannot be written.
@@ -36,7 +34,7 @@ def build(folder: Path, sources: list[Path], settings: tuple, items: Iterable) -
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as temporary:
             unfinished = Path(temporary) / key
-            _write(unfinished, items, place)
+            _write(unfinished, items, count, place)
             if not place.is_dir():  # else another run was faster
                 os.replace(unfinished, place)
     except OSError as error:
@@ -49,23 +47,22 @@ def build(folder: Path, sources: list[Path], settings: tuple, items: Iterable) -
     return place
 
 
-def _write(folder: Path, items: Iterable, place: Path) -> None:
+def _write(folder: Path, items: Iterable, total: int, place: Path) -> None:
     folder.mkdir()
-    total = len(items)
     for done, arrays in enumerate(items, 1):
         for name, array in zip(_NAMES, arrays, strict=True):
             with (folder / f"{name}.npy").open("ab") as file:
                 if done == 1:
-                    header = np.lib.format.header_data_from_array_1_0(array.numpy())
+                    header = np.lib.format.header_data_from_array_1_0(array)
                     header["shape"] = (total, *array.shape)
                     np.lib.format.write_array_header_1_0(file, header)
-                file.write(array.numpy().tobytes())
+                file.write(array.tobytes())
         if done % 50 == 0 or done == total:
             end = "\n" if done == total else ""
             print(f"\rdecoding, once: {done}/{total} images, to {place}", end=end, flush=True)
 
 
-def read(place: Path, index: int) -> tuple[Tensor, Tensor]:
+def read(place: Path, index: int) -> tuple[np.ndarray, ...]:
     """One item, from memory-mapped files."""
     arrays = (np.load(place / f"{name}.npy", mmap_mode="r") for name in _NAMES)
-    return tuple(torch.from_numpy(array[index].copy()) for array in arrays)
+    return tuple(array[index].copy() for array in arrays)

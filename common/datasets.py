@@ -9,13 +9,14 @@ import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from scipy.io import loadmat
 from torch import Tensor
@@ -66,35 +67,29 @@ class Images(Dataset):
 
     def prepare(self) -> None:
         """Decode large images that are to be resized, with all cores, unless it is done already."""
-        if self.cache_dir is None or self.cache is not None:
+        if self.cache_dir is None:
             return
-        workers = min(os.cpu_count() or 1, len(self))
-        options = {"num_workers": workers, "worker_init_fn": start_worker}
-        items = DataLoader(self, batch_size=None, **options)
         sources = [path for pair in self.files for path in pair if path is not None]
         settings = (self.size, self.label_table.tolist())
-        self.cache = cache.build(self.cache_dir, sources, settings, items)
+        self.cache = cache.build(self.cache_dir, sources, settings, len(self), self._decode_all())
+        self.cache_dir = None  # once, even if it cannot be written
+
+    def _decode_all(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        workers = {"initializer": start_worker, "initargs": (0,)}
+        decode = partial(_decode, label_table=self.label_table, size=self.size)
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, len(self)), **workers) as pool:
+            for start in range(0, len(self), 128):  # as many as memory holds while the disk is slow
+                yield from pool.map(decode, self.files[start : start + 128])
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.cache is not None:
-            return cache.read(self.cache, index)
-        image_path, label_path = self.files[index]
-        image = read_image(image_path)
-        if label_path is None:
-            label = Image.new("L", image.size, VOID)
+            arrays = cache.read(self.cache, index)
         else:
-            label = Image.fromarray(_read_label(label_path, self.label_table))
-        if label.size != image.size:
-            raise InputError(f"{label_path}: {label.size} pixels, but its image has {image.size}")
-        if self.size is not None:
-            width_height = self.size[::-1]
-            image = image.resize(width_height, Image.Resampling.BILINEAR)
-            if not self.full_labels:
-                label = label.resize(width_height, Image.Resampling.NEAREST)
-        return TF.pil_to_tensor(image).contiguous(), TF.pil_to_tensor(label)[0]
+            arrays = _decode(self.files[index], self.label_table, self.size, self.full_labels)
+        return tuple(map(torch.from_numpy, arrays))
 
 
 class Scenes(Images):
@@ -158,6 +153,23 @@ def open_dataset(
     if counts != published:
         warn(f"--data-dir {root}: images are {counts}, published are {published}")
     return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
+
+
+def _decode(files: tuple, label_table: np.ndarray, size: tuple | None, full_labels: bool = False):
+    """Image and label, uint8 (3,H,W) and (H,W), of their files, as in Images."""
+    image_path, label_path = files
+    image = read_image(image_path)
+    if label_path is None:
+        label = Image.new("L", image.size, VOID)
+    else:
+        label = Image.fromarray(_read_label(label_path, label_table))
+    if label.size != image.size:
+        raise InputError(f"{label_path}: {label.size} pixels, but its image has {image.size}")
+    if size is not None:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        if not full_labels:
+            label = label.resize(size[::-1], Image.Resampling.NEAREST)
+    return np.array(image).transpose(2, 0, 1).copy(), np.array(label)
 
 
 def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:

@@ -138,8 +138,24 @@ def test_voc_detects_the_augmented_set_by_count(tmp_path, monkeypatch):
         open_dataset("voc", tmp_path)
     for tried in ("SegmentationClassAug", "benchmark_RELEASE/dataset/cls"):
         assert str(tmp_path / tried) in str(caught.value)
-    monkeypatch.setattr(layouts, "_VOC_MASKS", 8)
-    assert open_dataset("voc", tmp_path).train.names == names(range(6))
+    for count, found in ((9, False), (8, True)):
+        monkeypatch.setattr(layouts, "_VOC_MASKS", count)
+        if found:
+            assert open_dataset("voc", tmp_path).train.names == names(range(6))
+        else:
+            with pytest.raises(InputError, match="9 masks"):
+                open_dataset("voc", tmp_path)
+
+
+def test_official_masks_win_over_augmented_ones(tmp_path):
+    write_voc(tmp_path, range(4), [4, 5], folder="SegmentationClassAug")
+    write_voc(tmp_path, [1], [4, 5])
+    for k in (1, 4):
+        mask = tmp_path / f"SegmentationClass/2007_{k:06d}.png"
+        Image.fromarray(np.full_like(raw(mask), 20)).save(mask)
+    data = open_dataset("voc", tmp_path)
+    assert (data.train[1][1] == 20).all() and (data.val[0][1] == 20).all()
+    assert not (data.train[0][1] == 20).all() and len(data.train) == 4
 
 
 BDD100K = [("", False), ("bdd100k", False), ("", True), ("seg", True), ("bdd100k/seg", True)]
