@@ -6,7 +6,7 @@ Everywhere here an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, o
 import itertools
 import math
 import os
-import signal
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from common import InputError, cache, layouts, streets, warn
 from common.layouts import INVALID, VOID, read_lines
 
+warnings.filterwarnings("ignore", module="PIL")  # of odd palettes and large photographs
 _LARGE = 2**20  # pixels of an image that is worth a cache
 _STREETS = {"train": 800, "val": 200}  # scenes
 # What the flags --labeled and --weights are where they are not given.
@@ -269,7 +270,9 @@ def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> 
     able = [index for index, has_label in enumerate(train.has_label) if has_label]
     if not able:
         raise InputError("--data-dir: no training image has a label")
-    if args.labeled_list is None:
+    if args.checkpoint is not None:
+        chosen = _those_of(args.checkpoint, train)
+    elif args.labeled_list is None:
         chosen = [able[k] for k in split(len(able), args.labeled, args.split_seed)[0]]
     else:
         chosen = _listed(train, Path(args.labeled_list))
@@ -278,6 +281,13 @@ def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> 
     if not args.supervised and len(rest) < batch_size:
         raise InputError(f"--batch-size {batch_size}: there are only {len(rest)} unlabeled images")
     return chosen, rest
+
+
+def _those_of(checkpoint: dict, train: Images) -> list[int]:
+    names = checkpoint["labeled_names"]
+    if checkpoint["training_images"] != len(train) or not set(names) <= set(train.names):
+        raise InputError("--resume: the training images are not those of the checkpoint")
+    return sorted(map(train.names.index, names))
 
 
 def _listed(train: Images, path: Path) -> list[int]:
@@ -352,6 +362,5 @@ def endless(batches: Batches, start: int, workers: int, device: torch.device) ->
 
 
 def start_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group: the main process saves, workers must live on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals reach the whole process group: the main process saves, workers must live on."""
+    os.setpgrp()

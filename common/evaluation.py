@@ -180,7 +180,7 @@ def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.M
     try:
         loaded.load_state_dict(checkpoint["state"][name])
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = str(error).splitlines()[1].strip()[:160]
         raise InputError(f"the checkpoint does not fit the network: {reason}") from error
     return loaded.to(args.device).eval()
 
@@ -206,10 +206,15 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     if len(args.predict) < 2:
         raise InputError("--predict: give a checkpoint and at least one image")
     paths = [Path(name) for name in args.predict[1:]]
-    if len({path.stem for path in paths}) < len(paths):
-        raise InputError("--predict: two pictures have the same name; they would share a file")
+    folder, written = Path(args.out), set()
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"--predict: {path}: no such image")
+        files = {(folder / f"{path.stem}{end}.png").resolve() for end in ("", "_overlay")}
+        if files & (written | {other.resolve() for other in paths}):
+            raise InputError(f"--predict: {path}: its results would overwrite others, or a picture")
+        written |= files
     best = _load_network(recipe, args, network, args.checkpoint["headline"])
-    folder = Path(args.out)
     for path in paths:
         picture, prediction = predict(best, path, recipe.size, args.device)
         try:

@@ -4,6 +4,7 @@ FILES[name](folder) -> {part: {name: (image path, label path or None)}}, a table
 the id in the file to the training id, class names, colours (RGB 0-255).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def _folder_files(root: Path):
     images, labels = root / "images", root / "labels"
     train = _pairs(images / "train", labels / "train", unlabeled=True)
     files = {"train": train, "val": _pairs(images / "val", labels / "val")}
-    return files, _table(range(len(names))), names, voc_palette(len(names))
+    return files, _table(range(len(names))), names, voc_palette(len(names) + 1)[1:]  # black is void
 
 
 FILES = {
@@ -175,10 +176,11 @@ def _pairs(images: Path, labels: Path, *, unlabeled=False, endings=(_IMAGES, (".
 def _by_stem(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     """Files below folder with one of the endings, by their path without it."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    walk = os.walk(folder, followlinks=True)
+    for path in sorted(Path(place) / name for place, _, names in walk for name in names):
         name = path.relative_to(folder).as_posix()
         ending = next((e for e in endings if name.lower().endswith(e.lower())), None)
-        if ending and not path.name.startswith("."):
+        if ending and "/." not in f"/{name}":  # nothing hidden
             stem = name[: -len(ending)]
             if stem in found:
                 raise InputError(f"{path}: {found[stem].name} beside it has the same name")

@@ -54,7 +54,7 @@ def test_two_processes_equal_one_that_accumulates_two_shares(camvid, tmp_path):
 def test_a_share_too_small_to_mix_is_refused(camvid, tmp_path):
     run = start(2, "--data-dir", camvid, "--batch-size", 2, "--output-dir", tmp_path / "run")
     _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0 and "no other to be pasted on" in errors
+    assert run.returncode != 0 and "no other to be mixed with" in errors
     assert not (tmp_path / "run").exists()
 
 

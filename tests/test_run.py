@@ -238,7 +238,7 @@ BAD_FLAGS = [
     (("--labeled", "many"), "--labeled many"),
     (("--labeled", "1/0"), "--labeled 1/0"),
     (("--labeled", "7", "--batch-size", "2"), "only 1 unlabeled"),
-    (("--batch-size", "1"), "no other to be pasted on"),
+    (("--batch-size", "1"), "no other to be mixed with"),
     (("--labeled-list", "nowhere.txt"), "nowhere.txt"),
     (("--batch-size", "-1"), "--batch-size"),
     (("--lr", "nan"), "--lr"),
