@@ -12,7 +12,7 @@ from conftest import publish, write_cityscapes
 from PIL import Image
 from test_run import SMALL, same_state
 
-from common import InputError, cache
+from common import InputError, cache, layouts
 from common.datasets import open_dataset
 
 SIZE = (64, 128)
@@ -87,6 +87,8 @@ def test_a_fresh_cache_is_used_and_a_stale_one_is_made_anew(tree, monkeypatch):
     assert len({first.name, second.name, third.name, fourth.name}) == 4
     assert prepared(moved, (32, 64))[0][0].shape == (3, 32, 64)
     assert made(moved) == [fourth]
+    monkeypatch.setattr(layouts, "_CITYSCAPES_IDS", tuple(range(19)))
+    assert same(prepared(moved), open_train(moved)) and made(moved) != [fourth]
 
 
 def test_only_large_images_that_are_resized_are_cached(tree, tmp_path):
