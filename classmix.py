@@ -4,7 +4,7 @@ A mean teacher labels two unlabeled images; half of the classes that it sees in 
 and pasted on the other, labels alike. The student learns from the mixed image and its
 pseudo-label, weighted by the share of pixels that the teacher is confident of.
 
-    class_mask                 algorithm 1, lines 3-6
+    class_mask                 algorithm 1, lines 4-6
     mix                        algorithm 1, lines 7-8
     unlabeled_weight           lambda of equation 1 (section 3.3; other weightings: table 3)
     cross_entropy              equation 2, labeled term of equation 1
@@ -22,8 +22,9 @@ Where paper and published code differ; each has a flag:
 - the code's optimizer holds the backbone three times over: --lr 7.5e-4 --head-factor 3.33 is near
   what it does; the squared error is summed over classes, as in the paper (code: averaged);
 - the paper starts from COCO weights (--weights FILE); they are no longer on line.
-As in the code: both networks use batch statistics with frozen affine parameters, the student is
-evaluated, labeled images are not used unlabeled. Not as in the code: file lists are sorted.
+As in the code: both networks use batch statistics with frozen affine parameters (trained with
+--weights none), the student is evaluated, labeled images are not used unlabeled. Not as in the
+code: file lists are sorted; hard labels are mixed instead of probabilities, which is the same.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -41,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import InputError, run
+from common import run
 from common.augment import jitter_and_blur, scale_crop_flip
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
@@ -59,7 +60,7 @@ class Recipe:
     scale_range: tuple[float, float] = (1.0, 1.0)  # random scale before the crop (4.1)
     flip: bool = False  # random mirroring (4.1)
     batch_size: int = 2  # labeled images a step, and as many unlabeled (4.1)
-    iterations: int = 40_000  # 80000 in table 3 (4.1)
+    iterations: int = 40_000  # steps (4.1); 80000 in table 3
     warmup: int = 0  # first steps on labeled images only; not in the paper
     optimizer: Literal["sgd", "adam"] = "sgd"  # (4.1)
     lr: float = 2.5e-4  # of the backbone (4.1)
@@ -258,29 +259,30 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
 
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
     """Equation 1: labeled loss, ClassMix loss, step, teacher."""
-    if run.share_size(recipe.batch_size, args) < 2 and not args.supervised:
-        raise InputError("--batch-size: a share of one image has no other to be pasted on")
+    run.check_recipe(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     split = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, args.weights != "none")
-    weights = load_weights(student, args.weights)
+    weights = "of the checkpoint" if args.checkpoint else load_weights(student, args.weights)
     student.to(args.device)
     teacher = make_teacher(student, train_mode=True)
     groups = student.parameter_groups(recipe.lr, recipe.head_factor)
-    sgd = partial(torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    sgd = partial(
+        torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0
+    )
     make_optimizer = sgd if recipe.optimizer == "sgd" else torch.optim.Adam
     optimizer = make_optimizer(groups, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
     )
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
-    session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
     weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
     transform = scale_crop_flip(**weak, mean=student.mean)
     strong = jitter_and_blur(
         recipe.jitter, recipe.jitter_probability, recipe.blur_sigma, recipe.blur_probability
     )
+    session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
     for iteration in session.steps():
         mixing = not args.supervised and iteration >= recipe.warmup

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import classmix
 from common.ema import make_teacher, update_teacher
-from common.run import peak_memory
+from common.record import peak_memory
 
 
 def main() -> None:

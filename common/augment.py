@@ -9,6 +9,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from common import InputError
+
 
 def _seeded(transform: Callable, seed: int, *inputs):
     """transform(*inputs) with torch's host randomness started from seed, and left as it was."""
@@ -28,6 +30,8 @@ def scale_crop_flip(
     color = [round(255 * value) for value in mean.flatten().tolist()]
     fill = {tv_tensors.Image: color, tv_tensors.Mask: 255}
     steps = [_typed]
+    if scale_range != (1.0, 1.0) and crop is None:
+        raise InputError("--scale-range: needs --crop, as scaled images differ in size")
     if scale_range != (1.0, 1.0):
         steps.append(partial(_scale, scale_range=scale_range))
     if crop is not None:

@@ -62,6 +62,8 @@ def evaluate(
             with autocast():
                 logits = network.classify(network.features(image), label.shape[-2:])
             matrices[name] += confusion_matrix(logits.argmax(1), label, num_classes).cpu()
+    if not any(matrix.any() for matrix in matrices.values()):
+        raise InputError("--data-dir: the images to evaluate have no labeled pixel")
     scores = {}
     for name, network in networks.items():
         network.train(modes[name])

@@ -8,6 +8,7 @@ import os
 import re
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -40,7 +41,8 @@ def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = No
     defaults.update(DEFAULTS[dataset], method=method, checkpoint=None)
     recipe, args = _override(recipes[dataset], defaults, given)
     folder = args.output_dir or default_folder(recipe, args, recipes)
-    source = args.evaluate or (args.predict and args.predict[0]) or args.resume
+    named = (args.evaluate, args.predict and args.predict[0], args.resume)
+    source = next((name for name in named if name is not None), None)
     if source == "auto":
         source = _newest([Path(folder)] if args.output_dir else numbered(folder))
     if source is not None:
@@ -48,7 +50,7 @@ def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = No
         defaults.update(checkpoint["args"], checkpoint=checkpoint)
         recipe, args = _continue(type(recipe), defaults, given)
         folder = args.output_dir or str(Path(source).parent)
-    args.output_dir_given = args.output_dir is not None
+    args.output_dir_given, args.source = args.output_dir is not None, source
     args.output_dir = folder
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
     args.device = _device(args.device)
@@ -71,8 +73,9 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     seed = _number(0, int, 2**32 - 1)  # what numpy takes
     add("--dataset", choices=list(recipes), default="streets", help="default: streets")
     add("--data-dir", help="default: data/<dataset>")
-    add("--labeled", help="how many labeled images: a count, or a fraction as 0.125 or 1/8")
-    add("--labeled-list", metavar="FILE", help="names of the labeled images, one a line")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--labeled", help="how many labeled images: a count, or a fraction as 0.125 or 1/8")
+    either("--labeled-list", metavar="FILE", help="names of the labeled images, one a line")
     add("--split-seed", type=seed, metavar="N", help="of the labeled subset; default: --seed")
     add("--supervised", action="store_true", help="the baseline: the same, no unlabeled data")
     add("--weights", help="imagenet, none or a file")
@@ -83,13 +86,14 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     add("--accumulate", type=positive, default=1, metavar="N", help="process a batch in N shares")
     add("--workers", type=natural, metavar="N", help="loader processes")
     add("--output-dir", help="default: runs/<method>_<dataset>_<labeled>_s<seed>...")
-    add("--resume", metavar="CKPT|auto", help="go on from a last.pt; auto: from the newest, if any")
+    command = parser.add_mutually_exclusive_group().add_argument
+    command("--resume", metavar="CKPT|auto", help="go on from a last.pt; auto: the newest, if any")
     add("--eval-every", type=positive, metavar="STEPS", help="default: an eighth of the run")
     add("--save-every", type=positive, metavar="STEPS", help="default: a fortieth of the run")
     add("--tensorboard", action="store_true", help="write TensorBoard's event files too")
-    add("--evaluate", metavar="CKPT", help="print the IoU of student and teacher, do not train")
+    command("--evaluate", metavar="CKPT", help="print the IoU of both networks, do not train")
     add("--full-resolution", action="store_true", help="score at the labels' own size")
-    add("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, do not train")
+    command("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, do not train")
     add("--out", default="predictions", help="folder of the labeled pictures")
     group = parser.add_argument_group("recipe")
     recipe_class = type(next(iter(recipes.values())))
@@ -123,7 +127,8 @@ def _options(name: str, kind, presets: Iterable) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     zero = any(0 in (preset if isinstance(preset, tuple) else (preset,)) for preset in presets)
-    smallest = 0 if zero or (kind is float and not is_range) else {int: 1, float: 1e-6}[kind]
+    smallest = 0 if zero or (kind is float and not is_range) else {int: 1, float: 0.01}[kind]
+    smallest = 16 if name in ("size", "crop") else smallest
     share = name.endswith(("probability", "decay", "threshold", "momentum"))
     return {**options, "type": _number(smallest, kind, 1.0 if share else math.inf)}
 
@@ -141,6 +146,9 @@ def _override(recipe, defaults: dict, given: dict):
     """The recipe and the other settings, overridden by the flags given."""
     changes = {name: value for name, value in given.items() if hasattr(recipe, name)}
     others = {name: value for name, value in given.items() if name not in changes}
+    if changes.get("size") and recipe.size is None and "crop" not in changes:
+        # Images that are resized as a whole are not cropped as those of many sizes are.
+        changes = {"crop": None, "scale_range": (1.0, 1.0), **changes}
     for name, value in changes.items():
         if isinstance(value, tuple) and isinstance(value[0], float) and value[0] > value[-1]:
             raise InputError(f"--{name.replace('_', '-')}: {value[0]} is above {value[-1]}")
@@ -170,7 +178,8 @@ def _device(name: str | None) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(0, device=name).device
+        torch.zeros(1, device=name).tolist()  # "meta" has no values
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
 
@@ -187,7 +196,10 @@ def default_folder(recipe, args: argparse.Namespace, recipes: dict) -> str:
         if value != getattr(recipes[args.dataset], name):
             text = "x".join(map(str, value)) if isinstance(value, tuple) else value
             parts.append(f"{name.replace('_', '-')}-{text}")
-    return str(Path("runs") / "_".join(parts))
+    name = "_".join(parts)
+    if len(name) > 200:  # file systems end at 255
+        name = f"{name[:190]}_{zlib.crc32(name.encode()):08x}"
+    return str(Path("runs") / name)
 
 
 def numbered(folder: str) -> Iterator[Path]:

@@ -9,14 +9,12 @@ import json
 import os
 import platform
 import re
-import resource
 import signal
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -40,6 +38,7 @@ from common.evaluation import (
     score,
 )
 from common.flags import numbered, parse_args
+from common.record import commit, peak_memory, summary_writer, write_atomically
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable) -> None:
@@ -52,9 +51,9 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         recipe, args = parse_args(method, doc, recipes)
         if args.processes > 1:
             _join(args)
-        if args.evaluate:
+        if args.evaluate is not None:
             evaluate_checkpoint(recipe, args, network)
-        elif args.predict:
+        elif args.predict is not None:
             predict_pictures(recipe, args, network)
         else:
             train(recipe, args)
@@ -62,6 +61,9 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         # A loader process wraps the message in a traceback, whose last line it is.
         line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
         print(f"{method}.py: {line}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"{method}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -81,12 +83,20 @@ def _join(args: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def share_size(batch_size: int, args: argparse.Namespace) -> int:
-    """Images of a batch that are trained together: it is split over processes and --accumulate."""
+def check_recipe(recipe, args: argparse.Namespace) -> None:
+    """InputError where batch size or length leave nothing to mix.
+
+    A batch is split over processes and --accumulate; a share is mixed within itself.
+    """
     shares = args.processes * args.accumulate
-    if batch_size % shares:
-        raise InputError(f"--batch-size {batch_size}: cannot be split into {shares} equal shares")
-    return batch_size // shares
+    if recipe.batch_size % shares:
+        raise InputError(f"--batch-size {recipe.batch_size}: cannot be split into {shares} shares")
+    if args.supervised:
+        return
+    if recipe.batch_size < 2 * shares:
+        raise InputError("--batch-size: a share of one image has no other to be mixed with")
+    if recipe.warmup >= recipe.iterations:
+        raise InputError(f"--warmup {recipe.warmup}: no iteration is left for unlabeled images")
 
 
 # What gloo and NCCL say when the other side of a connection has died.
@@ -102,7 +112,15 @@ class Run:
     """
 
     def __init__(
-        self, recipe, args, data: Data, split: tuple, state: dict, *, weights: Loaded, headline: str
+        self,
+        recipe,
+        args,
+        data: Data,
+        split: tuple,
+        state: dict,
+        *,
+        weights: Loaded | str,
+        headline: str,
     ):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
         self.headline, self.share, self.first = headline, 0, args.rank == 0
@@ -113,7 +131,7 @@ class Run:
         if args.checkpoint is not None:
             self._restore(args.checkpoint)
         self.iteration, self.began, self.signal = self.start, self.seconds, None
-        board = _summary_writer() if args.tensorboard and self.first else None
+        board = summary_writer() if args.tensorboard and self.first else None
         self.folder = self._make_folder()
         self.board = board and board(self.folder)
         length = recipe.iterations
@@ -124,6 +142,8 @@ class Run:
         for network in self.networks.values():
             if args.device.type == "cuda":
                 network.to(memory_format=torch.channels_last)
+            # Around the networks only: masks, colour and losses stay float32.
+            network.forward = autocast(args)(network.forward)
             if args.compile:
                 network.compile()
         self.student = state["student"]
@@ -153,13 +173,10 @@ class Run:
         for self.share, share in enumerate(zip(*chunks, strict=True)):
             yield share
 
-    @contextmanager
-    def forward(self, *, last: bool) -> Iterator[None]:
+    def forward(self, *, last: bool) -> AbstractContextManager:
         """Around a forward pass of the student; gradients are exchanged after the last one only."""
         last = last and self.share == self.args.accumulate - 1
-        alone = self.args.processes == 1
-        with nullcontext() if last or alone else self.student.no_sync(), autocast(self.args):
-            yield
+        return nullcontext() if last or self.args.processes == 1 else self.student.no_sync()
 
     def step_seed(self, purpose: str) -> int:
         """Of this share's randomness; depends only on seed, step, purpose and share."""
@@ -221,7 +238,7 @@ class Run:
             self._finish(scores)
         self.clock = time.perf_counter()
 
-    def _announce(self, weights: Loaded) -> None:
+    def _announce(self, weights: Loaded | str) -> None:
         args, data, (labeled, unlabeled) = self.args, self.data, self.split
         print(f"{args.method} on {args.dataset}{', supervised only' * args.supervised}")
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
@@ -281,29 +298,28 @@ class Run:
             "means": self.means,
             "logged": (self.folder / "log.jsonl").stat().st_size,
             "labeled_names": self.names,
+            "training_images": len(self.data.train),
             "class_names": list(self.data.class_names),
             "palette": [list(color) for color in self.data.palette],
             "state": {name: thing.state_dict() for name, thing in self.state.items()},
         }
-        _write_atomically(self.folder / "last.pt", partial(torch.save, checkpoint))
+        write_atomically(self.folder / "last.pt", partial(torch.save, checkpoint))
 
     def _config(self) -> dict:
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
-        left_out += ("out", "method", "output_dir", "output_dir_given", "rank")
+        left_out += ("out", "method", "output_dir", "output_dir_given", "source", "rank")
         return {
             "method": self.args.method,
             "recipe": asdict(self.recipe),
             "args": {k: v for k, v in vars(self.args).items() if k not in left_out},
             "device": str(self.args.device),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "commit": _commit(),
+            "commit": commit(),
         }
 
     def _restore(self, checkpoint: dict) -> None:
         if checkpoint["class_names"] != list(self.data.class_names):
             raise InputError(f"--resume: trained on other classes: {checkpoint['class_names']}")
-        if checkpoint["labeled_names"] != self.names:
-            raise InputError("--resume: the labeled images are not those of the checkpoint")
         for name, thing in self.state.items():
             thing.load_state_dict(checkpoint["state"][name])
         self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
@@ -316,17 +332,19 @@ class Run:
             return folder
         if fresh and not self.args.output_dir_given:
             folder = next(path for path in numbered(self.args.output_dir) if not path.exists())
-        elif fresh and (folder / "last.pt").exists():
-            raise InputError(f"--output-dir {folder}: holds a run; add --resume auto to go on")
+        last = folder / "last.pt"
         try:
+            if last.exists() and not (self.args.source and last.samefile(self.args.source)):
+                raise InputError(f"--output-dir {folder}: holds a run; add --resume auto to go on")
             folder.mkdir(parents=True, exist_ok=True)
             log = folder / "log.jsonl"
             # What a killed run logged after its last checkpoint is logged again.
             log.touch()
             log.write_bytes(log.read_bytes()[: 0 if fresh else self.args.checkpoint["logged"]])
-            if fresh:
+            if fresh or not (folder / "split.txt").exists():
                 (folder / "config.json").write_text(json.dumps(self._config(), indent=1))
-                (folder / "split.txt").write_text("".join(f"{name}\n" for name in self.names))
+                names = "".join(f"{name}\n" for name in self.names)
+                (folder / "split.txt").write_text(names, "utf-8", "surrogateescape")
         except OSError as error:
             raise InputError(f"--output-dir {folder}: cannot write there ({error})") from error
         return folder
@@ -345,7 +363,7 @@ class Run:
             "peak_memory_gib": round(peak_memory(self.args.device), 2),
         }
         write = partial(Path.write_text, data=json.dumps(result, indent=1))
-        _write_atomically(self.folder / "result.json", write)
+        write_atomically(self.folder / "result.json", write)
         print(iou_table(scores, self.data.class_names))
         print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU; results in {self.folder}")
 
@@ -373,34 +391,3 @@ class Run:
         if self.signal:  # asked twice: at once
             sys.exit(128 + number)
         self.signal = number
-
-
-def _summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard: pip install tensorboard first") from error
-    return SummaryWriter
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    partial_file = path.with_name(path.name + ".partial")
-    write(partial_file)
-    os.replace(partial_file, path)
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:  # no git here
-        return None
-    return done.stdout.strip() or None
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: what CUDA's allocator held, else the most that this process had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

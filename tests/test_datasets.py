@@ -165,7 +165,9 @@ def test_impossible_splits(labeled):
 def test_select_by_list_accepts_names_paths_and_columns(camvid, tmp_path):
     train = open_dataset("camvid", camvid).train
     listed = tmp_path / "list.txt"
-    args = Namespace(labeled="3", labeled_list=listed, split_seed=0, supervised=False)
+    args = Namespace(
+        labeled="3", labeled_list=listed, split_seed=0, supervised=False, checkpoint=None
+    )
     listed.write_text(
         "002\n/SegNet/CamVid/train/005.png /SegNet/CamVid/trainannot/005.png\n\n000.png\n"
     )
@@ -182,7 +184,9 @@ def test_select_by_list_tells_images_of_one_name_apart(folder, tmp_path):
     for k in range(2):
         write_pair(folder / f"images/train/{k}/a.png", folder / f"labels/train/{k}/a.png", (40, 64))
     train, listed = open_dataset("folder", folder).train, tmp_path / "list.txt"
-    args = Namespace(labeled="3", labeled_list=listed, split_seed=0, supervised=False)
+    args = Namespace(
+        labeled="3", labeled_list=listed, split_seed=0, supervised=False, checkpoint=None
+    )
     for name in ("1/a", "1/a.png", "\ufeff1/a.png 1/a.png"):
         listed.write_text(name, encoding="utf-8")
         assert [train.names[k] for k in select(train, args, batch_size=2)[0]] == ["1/a"]
@@ -194,7 +198,9 @@ def test_select_by_list_tells_images_of_one_name_apart(folder, tmp_path):
 
 def test_select_takes_labels_only_from_labeled_images(folder):
     train = open_dataset("folder", folder).train
-    args = Namespace(labeled="1.0", labeled_list=None, split_seed=0, supervised=False)
+    args = Namespace(
+        labeled="1.0", labeled_list=None, split_seed=0, supervised=False, checkpoint=None
+    )
     assert select(train, args, batch_size=2) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
     args.labeled = "2"
     chosen, rest = select(train, args, batch_size=2)
@@ -267,10 +273,16 @@ def test_crop_pads_with_mean_and_void_and_moves_both_alike():
 def test_scale_stays_in_its_range():
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
     label = torch.zeros(40, 60, dtype=torch.uint8)
-    mean = torch.zeros(3, 1, 1)
-    transform = scale_crop_flip(scale_range=(0.5, 1.5), crop=None, flip=False, mean=mean)
-    heights = [transform(seed, image, label)[1].shape[0] for seed in range(60)]
+    weak = {"scale_range": (0.5, 1.5), "flip": False, "mean": torch.zeros(3, 1, 1)}
+    transform = scale_crop_flip(**weak, crop=(64, 96))
+    labels = [transform(seed, image, label)[1] for seed in range(60)]
+    heights = [int((ids != 255).any(1).sum()) for ids in labels]
     assert 20 <= min(heights) < 26 and 54 < max(heights) <= 60
+
+
+def test_scale_without_crop_is_refused():
+    with pytest.raises(InputError, match="--crop"):
+        scale_crop_flip(scale_range=(0.5, 1.5), crop=None, flip=False, mean=torch.zeros(3, 1, 1))
 
 
 def test_jitter_and_blur_draw_for_each_image_from_the_seed_alone():

@@ -179,7 +179,16 @@ def test_tensorboard_gets_what_the_log_gets(command, camvid, tmp_path, monkeypat
 
 def test_streets_is_the_default(command, tmp_path):
     status, printed, _ = command(
-        "classmix", "--iterations", 2, "--size", 32, 64, "--output-dir", tmp_path / "run"
+        "classmix",
+        "--iterations",
+        2,
+        "--warmup",
+        0,
+        "--size",
+        32,
+        64,
+        "--output-dir",
+        tmp_path / "run",
     )
     assert status == 0 and "classmix on streets" in printed
     data = open_dataset("streets", None, size=(32, 64))
@@ -239,7 +248,11 @@ BAD_FLAGS = [
     (("--labeled", "1/0"), "--labeled 1/0"),
     (("--labeled", "7", "--batch-size", "2"), "only 1 unlabeled"),
     (("--batch-size", "1"), "no other to be mixed with"),
-    (("--labeled-list", "nowhere.txt"), "nowhere.txt"),
+    (("--labeled-list", "nowhere.txt"), "--labeled-list"),
+    (("--warmup", "9"), "--warmup 9"),
+    (("--evaluate", ""), "no such checkpoint"),
+    (("--scale-range", "0.5", "2"), "--scale-range"),
+    (("--device", "meta"), "meta"),
     (("--batch-size", "-1"), "--batch-size"),
     (("--lr", "nan"), "--lr"),
     (("--ema-decay", "1.5"), "--ema-decay"),
@@ -288,6 +301,6 @@ def test_checkpoints_that_do_not_fit_are_refused(command, camvid, folder, tmp_pa
     assert "--width" in refused("--resume", out / "last.pt", "--width", 8)
     assert "holds a run" in refused(*args, "--output-dir", out)
     torch.save({**good, "labeled_names": ["x"]}, tmp_path / "other.pt")
-    assert "labeled images" in refused("--resume", tmp_path / "other.pt")
+    assert "training images" in refused("--resume", tmp_path / "other.pt")
     torch.save(good["state"]["student"], tmp_path / "other.pt")
     assert "not a checkpoint" in refused("--evaluate", tmp_path / "other.pt")
