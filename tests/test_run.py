@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import run
+import classmix
+from common import evaluation, run
 from common.datasets import open_dataset
 
+ROOT = Path(__file__).parents[1]
 SMALL = ("--weights", "none", "--layers", 1, 1, 1, 1, "--width", 4, "--optimizer", "adam")
 SMALL += ("--lr", 3e-3, "--head-factor", 1, "--batch-size", 2, "--workers", 0, "--aspp-rates", 1, 2)
 TINY = (*SMALL, "--size", 48, 64)
@@ -304,3 +308,168 @@ def test_checkpoints_that_do_not_fit_are_refused(command, camvid, folder, tmp_pa
     assert "training images" in refused("--resume", tmp_path / "other.pt")
     torch.save(good["state"]["student"], tmp_path / "other.pt")
     assert "not a checkpoint" in refused("--evaluate", tmp_path / "other.pt")
+
+
+def weights_after(command, camvid, out, *flags):
+    """The student after 4 steps from the second on with unlabeled data, and the teacher."""
+    base = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 4, "--output-dir", out)
+    small = ("--weights", "none", "--layers", 1, 1, 1, 1, "--width", 4, "--workers", 0)
+    steps = ("--size", 48, 64, "--iterations", 4, "--warmup", 1, "--eval-every", 4, "--lr", 0.05)
+    sure = () if "--confidence-threshold" in flags else ("--confidence-threshold", 0.6)
+    status, _, errors = command("classmix", *base, *small, *steps, *sure, *flags)
+    assert (status, errors) == (0, "")
+    state = torch.load(out / "last.pt", weights_only=True)["state"]
+    return [torch.cat([v.flatten().float() for v in state[n].values()]) for n in NETWORKS]
+
+
+NETWORKS = ("student", "teacher")
+FLAGS_OF_A_STEP = """
+--seed 1 | --split-seed 2 | --supervised | --size 64 64 | --crop 32 48 | --no-flip
+--batch-size 4 | --warmup 2 | --optimizer adam | --lr 0.04 | --head-factor 1 | --lr-power 1
+--momentum 0.5 | --nesterov | --weight-decay 0.1 | --mask cow | --mask cut
+--weighting pixel | --weighting ramp | --weighting constant | --weight-scope sample
+--confidence-threshold 0.5 | --unlabeled-loss soft-cross-entropy
+--unlabeled-loss squared-error | --extra-augmentations | --scale-range 0.5 1.5 --crop 48 64
+"""
+
+
+@pytest.mark.parametrize("flags", FLAGS_OF_A_STEP.strip().replace("\n", " | ").split(" | "))
+def test_every_flag_reaches_the_step(command, camvid, tmp_path, flags):
+    plain = weights_after(command, camvid, tmp_path / "plain")[0]
+    changed = weights_after(command, camvid, tmp_path / "changed", *flags.split())[0]
+    assert not torch.equal(plain, changed)
+
+
+def test_the_ema_decay_reaches_the_teacher_alone(command, camvid, tmp_path):
+    student, teacher = weights_after(command, camvid, tmp_path / "a")
+    other_student, other_teacher = weights_after(
+        command, camvid, tmp_path / "b", "--ema-decay", 0.1
+    )
+    assert not torch.equal(teacher, other_teacher) and not torch.equal(student, other_student)
+    flags = ("--supervised", "--ema-decay", 0.1)
+    student, teacher = weights_after(command, camvid, tmp_path / "c", "--supervised")
+    other_student, other_teacher = weights_after(command, camvid, tmp_path / "d", *flags)
+    assert not torch.equal(teacher, other_teacher) and torch.equal(student, other_student)
+
+
+def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
+    losses, updates, drawn, seeds = [], [], [], []
+    loss, update, batches = classmix.classmix_loss, classmix.update_teacher, run.Batches
+    step_seed = run.Run.step_seed
+
+    def spy_loss(student, teacher, image, **options):
+        losses.append((student.training, teacher.training))
+        return loss(student, teacher, image, **options)
+
+    def spy_update(teacher, student, **options):
+        updates.append(options)
+        update(teacher, student, **options)
+
+    def spy_batches(*what, **options):
+        drawn.append(what[1])
+        return batches(*what, **options)
+
+    def spy_seed(self, purpose):
+        seeds.append(step_seed(self, purpose))
+        return seeds[-1]
+
+    monkeypatch.setattr(classmix, "classmix_loss", spy_loss)
+    monkeypatch.setattr(classmix, "update_teacher", spy_update)
+    monkeypatch.setattr(run, "Batches", spy_batches)
+    monkeypatch.setattr(run.Run, "step_seed", spy_seed)
+    weights_after(command, camvid, tmp_path / "run")
+    assert losses == [(True, True)] * 3
+    decays = pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
+    assert [options["decay"] for options in updates] == decays
+    assert {options["buffers"] for options in updates} == {"copy"}
+    labeled, unlabeled = drawn
+    assert len(labeled) == len(unlabeled) == 4 and sorted(labeled + unlabeled) == list(range(8))
+    assert len(set(seeds)) == len(seeds) == 6  # masks and colour of three steps
+
+
+def test_full_resolution_and_the_headline(command, camvid, tmp_path, monkeypatch):
+    weights_after(command, camvid, tmp_path / "run", "--size", 24, 32)
+    asked, opened = [], evaluation.open_dataset
+
+    def spy_open(*what, **options):
+        asked.append(options)
+        return opened(*what, **options)
+
+    monkeypatch.setattr(evaluation, "open_dataset", spy_open)
+    flags = ("--evaluate", tmp_path / "run/last.pt")
+    plain, full = (command("classmix", *flags, *more)[1] for more in ((), ("--full-resolution",)))
+    assert [options["full_labels"] for options in asked] == [False, True] and plain != full
+    loaded = []
+    monkeypatch.setattr(evaluation, "predict", lambda network, *_: loaded.append(network) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        picture = camvid / "train/000.png"
+        command("classmix", "--predict", tmp_path / "run/last.pt", picture, "--out", tmp_path)
+    student = torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]["student"]
+    assert torch.equal(loaded[0].state_dict()["conv1.weight"], student["conv1.weight"])
+
+
+def test_predictions_never_overwrite_a_picture(command, camvid, tmp_path):
+    weights_after(command, camvid, tmp_path / "run")
+    picture = tmp_path / "own.png"
+    picture.write_bytes((camvid / "train/000.png").read_bytes())
+    before = picture.read_bytes()
+    flags = ("--predict", tmp_path / "run/last.pt")
+    status, _, errors = command("classmix", *flags, picture, "--out", tmp_path)
+    assert status == 2 and "overwrite" in errors and picture.read_bytes() == before
+    (tmp_path / "own_overlay.png").write_bytes(before)
+    both = (picture, tmp_path / "own_overlay.png")
+    status, _, errors = command("classmix", *flags, *both, "--out", tmp_path / "out")
+    assert status == 2 and "overwrite" in errors and not (tmp_path / "out").exists()
+
+
+def test_resuming_needs_neither_weights_file_nor_list_and_spares_other_runs(
+    command, camvid, tmp_path
+):
+    state = classmix.network(classmix.RECIPES["streets"], 11, False).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    (tmp_path / "list.txt").write_text("001\n004\n006\n")
+    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled-list", tmp_path / "list.txt")
+    args += (*TINY, "--width", 16, "--weights", tmp_path / "w.pth", "--iterations", 3)
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert command("classmix", *args, "--output-dir", out)[0] == 0
+    assert command("classmix", *args, "--seed", 3, "--output-dir", other)[0] == 0
+    (tmp_path / "w.pth").unlink()
+    (tmp_path / "list.txt").unlink()
+    assert command("classmix", "--resume", out / "last.pt")[0] == 0
+    before = (other / "last.pt").read_bytes()
+    status, _, errors = command("classmix", "--resume", out / "last.pt", "--output-dir", other)
+    assert status == 2 and "holds a run" in errors and (other / "last.pt").read_bytes() == before
+    moved = tmp_path / "moved"
+    assert command("classmix", "--resume", out / "last.pt", "--output-dir", moved)[0] == 0
+    assert (moved / "config.json").exists() and (
+        moved / "split.txt"
+    ).read_text() == "001\n004\n006\n"
+
+
+def problems(errors: str) -> list[str]:
+    """Lines on stderr but for the warning that this is not the whole of CamVid."""
+    return [line for line in errors.splitlines() if not line.startswith("warning: --data-dir")]
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_loader_processes_leave_with_one_line(camvid, tmp_path, everyone):
+    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--workers", 2)
+    args += ("--iterations", 100_000, "--save-every", 90_000, "--eval-every", 90_000)
+    command = [sys.executable, ROOT / "classmix.py", *args, "--output-dir", tmp_path / "run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*map(str, command)], **pipes, start_new_session=True)
+    while "loss_u" not in process.stdout.readline() and process.poll() is None:
+        pass
+    (os.killpg if everyone else os.kill)(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(problems(errors)) == 1 and "--resume" in errors
+    assert (tmp_path / "run/last.pt").exists()
+
+
+def test_bad_data_in_a_loader_process_is_one_line(camvid, tmp_path):
+    truncate(camvid / "train/002.png")
+    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", "1.0", *TINY, "--workers", 2)
+    command = [sys.executable, ROOT / "classmix.py", *args, "--output-dir", tmp_path / "run"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(problems(done.stderr)) == 1 and "002.png" in done.stderr
