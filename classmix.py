@@ -22,13 +22,12 @@ Where paper and published code differ; each has a flag:
 - the code's optimizer holds the backbone three times over: --lr 7.5e-4 --head-factor 3.33 is near
   what it does; the squared error is summed over classes, as in the paper (code: averaged);
 - the paper starts from COCO weights (--weights FILE); they are no longer on line.
-As in the code: both networks use batch statistics with frozen affine parameters (trained with
---weights none), the student is evaluated, labeled images are not used unlabeled. Not as in the
-code: file lists are sorted; hard labels are mixed instead of probabilities, which is the same.
+As in the code: batch statistics, frozen affine parameters (trained with --weights none), student
+evaluated, labeled images not used unlabeled. Not as in the code: file lists are sorted.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
-Measured results: README.md and results/.
+Measured: 56.6% mIoU on streets with 32 labels, supervised 51.5% (3 seeds; README.md, results/).
 """
 
 import argparse
@@ -62,15 +61,15 @@ class Recipe:
     batch_size: int = 2  # labeled images a step, and as many unlabeled (4.1)
     iterations: int = 40_000  # steps (4.1); 80000 in table 3
     warmup: int = 0  # first steps on labeled images only; not in the paper
-    optimizer: Literal["sgd", "adam"] = "sgd"  # (4.1)
+    optimizer: Literal["sgd", "adam"] = "sgd"  # sgd (4.1); adam is not in the paper
     lr: float = 2.5e-4  # of the backbone (4.1)
     head_factor: float = 10.0  # classifiers learn at head_factor * lr (code)
     lr_power: float = 0.9  # lr * (1 - iteration / iterations) ** lr_power (4.1)
-    momentum: float = 0.9  # (4.1)
+    momentum: float = 0.9  # of SGD (4.1)
     nesterov: bool = False  # paper: yes (4.1); code: no
-    weight_decay: float = 5e-4  # (4.1)
+    weight_decay: float = 5e-4  # of all that learns (4.1)
     ema_decay: float = 0.99  # of the teacher, min(1 - 1 / (iteration + 1), ema_decay) (code)
-    mask: Literal["class", "cow", "cut"] = "class"  # table 3
+    mask: Literal["class", "cow", "cut"] = "class"  # what is pasted; table 3
     sigma_range: tuple[float, float] = (8.0, 32.0)  # of cow masks, pixels (code)
     weighting: Literal["fraction", "pixel", "ramp", "constant"] = "fraction"  # lambda; table 3
     weight_scope: Literal["batch", "sample"] = "batch"  # fraction of what; paper: sample (3.3)
@@ -79,9 +78,9 @@ class Recipe:
     unlabeled_loss: UnlabeledLoss = "cross-entropy"  # of hard labels, else soft ones; table 3
     extra_augmentations: bool = False  # jitter and blur of mixed images; table 3
     jitter: float = 0.25  # brightness, contrast, saturation, hue (code)
-    jitter_probability: float = 0.8  # (code)
-    blur_sigma: tuple[float, float] = (0.15, 1.15)  # pixels (code)
-    blur_probability: float = 0.5  # (code)
+    jitter_probability: float = 0.8  # of an image to be jittered (code)
+    blur_sigma: tuple[float, float] = (0.15, 1.15)  # range of the blur, pixels (code)
+    blur_probability: float = 0.5  # of an image to be blurred (code)
     layers: tuple[int, int, int, int] = (3, 4, 23, 3)  # bottlenecks a stage: ResNet-101 (4.1)
     width: int = 64  # channels of the stem
     aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations of the classifiers; code: 6 12
@@ -225,7 +224,7 @@ def classmix_loss(
         confidence, pseudo_label = prob.max(1)  # (l. 3)
         mask = make_mask(pseudo_label)  # M (l. 4-6)
         image_mix = augment(mix(mask, image, image.roll(-1, 0)))  # M * A + (1 - M) * B (l. 7)
-        label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # (l. 8)
+        label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # (l. 8; argmax first: same)
         prob_mix = mix(mask, prob, prob.roll(-1, 0)) if kind != "cross-entropy" else None
         confidence_mix = mix(mask, confidence, confidence.roll(-1, 0))
         weight = unlabeled_weight(
@@ -263,9 +262,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     split = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
-    student = network(recipe, data.num_classes, args.weights != "none")
+    student = network(recipe, data.num_classes, args.weights != "none").to(args.device)
     weights = "of the checkpoint" if args.checkpoint else load_weights(student, args.weights)
-    student.to(args.device)
     teacher = make_teacher(student, train_mode=True)
     groups = student.parameter_groups(recipe.lr, recipe.head_factor)
     sgd = partial(

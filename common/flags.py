@@ -95,7 +95,12 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     add("--full-resolution", action="store_true", help="score at the labels' own size")
     command("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, do not train")
     add("--out", default="predictions", help="folder of the labeled pictures")
-    group = parser.add_argument_group("recipe")
+    _add_recipe_flags(parser.add_argument_group("recipe").add_argument, recipes)
+    return parser
+
+
+def _add_recipe_flags(add: Callable, recipes: dict) -> None:
+    """A flag for each field; the comment behind it and the presets are its help."""
     recipe_class = type(next(iter(recipes.values())))
     comments = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(recipe_class), re.M)
     for field in fields(recipe_class):
@@ -104,11 +109,11 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             f"{', '.join(name for name in values if values[name] == value)}: {value}"
             for value in dict.fromkeys(values.values())
         )
+        presets = presets if len(set(values.values())) > 1 else f"default: {values['streets']}"
         text = f"{dict(comments).get(field.name, '')} [{presets}]".replace("%", "%%")
         options = _options(field.name, field.type, values.values())
         flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
-    return parser
+        add(flag, help=text, default=argparse.SUPPRESS, **options)
 
 
 def _options(name: str, kind, presets: Iterable) -> dict:
