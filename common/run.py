@@ -148,8 +148,8 @@ class Run:
                 network.compile()
         self.student = state["student"]
         if args.processes > 1:
-            # Each process keeps the batch-norm statistics of its shares; the first one's count.
-            self.student = DistributedDataParallel(self.student, broadcast_buffers=False)
+            # The first process's batch-norm statistics are everyone's.
+            self.student = DistributedDataParallel(self.student)
         self._announce(weights)
 
     def batches(self, batch_size: int, transform: Callable, *, warmup: int) -> list[Iterator]:

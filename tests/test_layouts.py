@@ -73,7 +73,7 @@ def test_cityscapes_prefers_train_ids_where_every_image_has_them(tmp_path):
 def test_published_lists_of_cityscapes_resolve(tmp_path, line):
     train = open_dataset("cityscapes", write_cityscapes(tmp_path)).train
     (tmp_path / "list.txt").write_text(line)
-    args = Namespace(labeled_list=tmp_path / "list.txt", supervised=False)
+    args = Namespace(labeled_list=tmp_path / "list.txt", supervised=False, checkpoint=None)
     assert select(train, args, batch_size=2) == ([1], [0, 2, 3])
 
 
