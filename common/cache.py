@@ -3,6 +3,7 @@
 DIR/KEY/{images,labels}.npy, uint8 (N,3,H,W) and (N,H,W); KEY is a hash of what they were made of.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -29,7 +30,9 @@ def build(folder: Path, sources: list[Path], settings, count: int, items: Iterab
     key = hashlib.sha256(repr((_VERSION, settings, made_of)).encode()).hexdigest()[:16]
     place = folder / key
     if place.is_dir():
-        return place
+        if _sound(place):
+            return place
+        shutil.rmtree(place, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as temporary:
@@ -62,7 +65,20 @@ def _write(folder: Path, items: Iterable, total: int, place: Path) -> None:
             print(f"\rdecoding, once: {done}/{total} images, to {place}", end=end, flush=True)
 
 
+def _sound(place: Path) -> bool:
+    """Whether both files are there and as long as they say."""
+    try:
+        _arrays.__wrapped__(place)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@functools.cache  # what is open stays readable when another run replaces the cache
+def _arrays(place: Path) -> tuple[np.ndarray, ...]:
+    return tuple(np.load(place / f"{name}.npy", mmap_mode="r") for name in _NAMES)
+
+
 def read(place: Path, index: int) -> tuple[np.ndarray, ...]:
     """One item, from memory-mapped files."""
-    arrays = (np.load(place / f"{name}.npy", mmap_mode="r") for name in _NAMES)
-    return tuple(array[index].copy() for array in arrays)
+    return tuple(array[index].copy() for array in _arrays(place))

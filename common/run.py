@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from common import InputError
@@ -78,7 +79,13 @@ def _join(args: argparse.Namespace) -> None:
     """Meet the other processes that torchrun started; only the first one prints progress."""
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    backend = "nccl" if args.device.type == "cuda" else "gloo"
+    store, rank, size = next(rendezvous("env://"))
+    # The store outlives a restart; under the old names the new processes would meet the dead.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # The others wait while the first one evaluates or makes the cache.
+    wait = timedelta(hours=3)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     if args.rank > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -131,9 +138,9 @@ class Run:
         if args.checkpoint is not None:
             self._restore(args.checkpoint)
         self.iteration, self.began, self.signal = self.start, self.seconds, None
-        board = summary_writer() if args.tensorboard and self.first else None
+        board = summary_writer() if args.tensorboard else None
         self.folder = self._make_folder()
-        self.board = board and board(self.folder)
+        self.board = board(self.folder) if board and self.first else None
         length = recipe.iterations
         self.log_every = max(10, min(100, length // 50))
         self.eval_every = args.eval_every or max(1, length // 8)

@@ -114,6 +114,16 @@ def test_a_damaged_source_leaves_no_cache(tree):
     assert made(tree) == []
 
 
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 1000), os.unlink])
+def test_a_damaged_cache_is_made_anew(tree, name, damage):
+    prepared(tree)
+    (place,) = made(tree)
+    damage(place / name)
+    cache._arrays.cache_clear()  # as another process would find it
+    assert same(prepared(tree), open_train(tree)) and made(tree) == [place]
+
+
 def test_where_it_cannot_be_written_files_are_read_as_they_are(tree, capsys):
     (tree / ".cache-64x128").write_text("a file")
     train = prepared(tree)

@@ -17,10 +17,11 @@ TINY = """--dataset camvid --labeled 4 --size 48 64 --weights none --layers 1 1 
 --warmup 2 --extra-augmentations --eval-every 6"""
 
 
-def start(processes: int, *argv) -> subprocess.Popen:
+def start(processes: int, *argv, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}"]
     command += [ROOT / "classmix.py", *TINY.split(), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -58,15 +59,32 @@ def test_a_share_too_small_to_mix_is_refused(camvid, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def kill_one(run: subprocess.Popen, checkpoint: Path) -> None:
+    """Kill the last of torchrun's processes as soon as there is a checkpoint."""
+    deadline = time.monotonic() + 100
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(camvid, tmp_path):
+    argv = ("--data-dir", camvid, "--iterations", 200, "--save-every", 2, "--eval-every", 200)
+    run = start(2, *argv, "--output-dir", tmp_path / "run", "--resume", "auto", restarts=1)
+    kill_one(run, tmp_path / "run/last.pt")
+    printed, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert "resumed at iteration" in printed and (tmp_path / "run/result.json").exists()
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    steps = [e["iteration"] for e in map(json.loads, lines) if "loss_l" in e]
+    assert steps == list(range(10, 201, 10))
+
+
 def test_a_killed_process_ends_the_others_and_auto_resumes(camvid, tmp_path):
     argv = ("--data-dir", camvid, "--iterations", 4000, "--save-every", 5, "--eval-every", 4000)
     argv += ("--output-dir", tmp_path / "run", "--resume", "auto")
     run = start(2, *argv)
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    kill_one(run, tmp_path / "run/last.pt")
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0 and "--resume auto" in errors
     stopped = torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"]
