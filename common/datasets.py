@@ -124,6 +124,13 @@ class Data:
         """K, void not counted."""
         return len(self.class_names)
 
+    def scored(self, part: str | None) -> tuple[str, Images]:
+        """Name and images of what is evaluated: the part asked for, else test if there is one."""
+        part = part or ("val" if self.test is None else "test")
+        if getattr(self, part) is None:
+            raise InputError(f"--evaluate-split {part}: the data set has no such part here")
+        return part, getattr(self, part)
+
 
 def open_dataset(
     name: str, data_dir: str | Path | None, *, size: tuple | None = None, full_labels: bool = False

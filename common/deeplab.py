@@ -27,14 +27,98 @@ CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
 CAFFE = "BGR, 0-255 minus the mean", CAFFE_MEAN, (1 / 255, 1 / 255, 1 / 255)
 
 
-class DeepLabV2(nn.Module):
+class SegmentationResNet(nn.Module):
+    """A ResNet under whatever classifies its pixels; a subclass has features() and classify().
+
+    strides and dilations are those of stages 1 to 4. caffe=True puts a stage's stride on the first
+    1x1 convolution and rounds the max-pool up. batch_norm="frozen" keeps running statistics in
+    train mode too; train_affine=False freezes the batch-norm weights and biases.
+    """
+
+    imagenet: torchvision.models.WeightsEnum  # torchvision's weights of the same ResNet
+    head: tuple[str, ...]  # beginnings of the names of parameters that are not the ResNet's
+
+    def __init__(self, layers, width, *, strides, dilations, caffe: bool, batch_norm: str):
+        super().__init__()
+        if batch_norm not in ("batch", "frozen"):
+            raise ValueError(f"batch_norm is 'batch' or 'frozen', not {batch_norm!r}")
+        self.frozen_statistics = batch_norm == "frozen"
+        # In the state dict, because they belong to the weights.
+        for name, value in zip(("mean", "std"), IMAGENET[1:], strict=True):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=caffe)
+        channels = width
+        for k, (blocks, stride, dilation) in enumerate(
+            zip(layers, strides, dilations, strict=True)
+        ):
+            inner = width * 2**k
+            self.add_module(
+                f"layer{k + 1}", _stage(channels, inner, blocks, stride, dilation, caffe)
+            )
+            channels = 4 * inner
+
+    def initialize(self, *, train_affine: bool) -> None:
+        """Kaiming's normal distribution for all convolutions; a subclass calls it when built."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(train_affine)
+        self.train()
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """RGB in [0,1] (B,3,H,W) -> what the loaded weights expect, same shape."""
+        return (image - self.mean) / self.std
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """Outputs of the four stages for a normalised image (B,3,H,W)."""
+        outputs = [self.maxpool(F.relu(self.bn1(self.conv1(x))))]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            outputs.append(layer(outputs[-1]))
+        return outputs[1:]
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classify(self.features(image), image.shape[-2:])
+
+    def train(self, mode: bool = True):
+        """As nn.Module.train, but frozen batch norm stays in eval mode."""
+        super().train(mode)
+        for module in self.modules():
+            if self.frozen_statistics and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def parameter_groups(self, lr: float, head_factor: float) -> list[dict]:
+        """Trainable ResNet parameters at lr, all others at head_factor * lr, each once."""
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        head = [p for name, p in named if name.startswith(self.head)]
+        trunk = [p for name, p in named if not name.startswith(self.head)]
+        return [{"params": trunk, "lr": lr}, {"params": head, "lr": head_factor * lr}]
+
+
+def _stage(in_channels: int, width: int, blocks: int, stride: int, dilation: int, caffe: bool):
+    shortcut = nn.Sequential(
+        nn.Conv2d(in_channels, 4 * width, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * width)
+    )
+    first = Bottleneck(in_channels, width, stride, downsample=shortcut, dilation=dilation)
+    if caffe:
+        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    rest = (Bottleneck(4 * width, width, dilation=dilation) for _ in range(blocks - 1))
+    return nn.Sequential(first, *rest)
+
+
+class DeepLabV2(SegmentationResNet):
     """Single-scale DeepLab-v2: RGB in [0,1] (B,3,H,W) -> float32 logits (B,K,H,W).
 
     layers and width shrink the ResNet (101 layers: (3, 4, 23, 3) and 64). rates are the dilations
     of the summed classifiers; (6, 12) is the network behind the papers' published numbers, whose
-    code returns from inside the loop over the four. batch_norm="frozen" keeps running statistics
-    in train mode too; train_affine=False freezes the batch-norm weights and biases.
+    code returns from inside the loop over the four. batch_norm and train_affine: see above.
     """
+
+    imagenet = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
+    head = ("classifiers.",)
 
     def __init__(
         self,
@@ -46,72 +130,23 @@ class DeepLabV2(nn.Module):
         batch_norm: str = "batch",
         train_affine: bool = False,
     ):
-        super().__init__()
-        if batch_norm not in ("batch", "frozen"):
-            raise ValueError(f"batch_norm is 'batch' or 'frozen', not {batch_norm!r}")
-        self.frozen_statistics = batch_norm == "frozen"
+        shape = {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "caffe": True}
+        super().__init__(layers, width, **shape, batch_norm=batch_norm)
         self.feature_channels = 32 * width
-        # In the state dict, because they belong to the weights.
-        for name, value in zip(("mean", "std"), IMAGENET[1:], strict=True):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        self.layer1 = _stage(width, width, layers[0], stride=1, dilation=1)
-        self.layer2 = _stage(4 * width, 2 * width, layers[1], stride=2, dilation=1)
-        self.layer3 = _stage(8 * width, 4 * width, layers[2], stride=1, dilation=2)
-        self.layer4 = _stage(16 * width, 8 * width, layers[3], stride=1, dilation=4)
         heads = (nn.Conv2d(32 * width, num_classes, 3, padding=r, dilation=r) for r in rates)
         self.classifiers = nn.ModuleList(heads)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(train_affine)
+        self.initialize(train_affine=train_affine)
         for classifier in self.classifiers:
             nn.init.normal_(classifier.weight, std=0.01)  # as the papers' code
 
-    def normalize(self, image: Tensor) -> Tensor:
-        """RGB in [0,1] (B,3,H,W) -> what the loaded weights expect, same shape."""
-        return (image - self.mean) / self.std
-
     def features(self, image: Tensor) -> Tensor:
         """RGB in [0,1] (B,3,H,W) -> (B,feature_channels,h,w) at stride 8; normalises first."""
-        x = F.relu(self.bn1(self.conv1(self.normalize(image))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+        return self.stages(self.normalize(image))[-1]
 
     def classify(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         """(B,feature_channels,h,w) -> float32 logits (B,K,*size), bilinear, aligned corners."""
         logits = sum(classifier(features) for classifier in self.classifiers)
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=True)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.classify(self.features(image), image.shape[-2:])
-
-    def train(self, mode: bool = True) -> "DeepLabV2":
-        """As nn.Module.train, but frozen batch norm stays in eval mode."""
-        super().train(mode)
-        for module in self.modules():
-            if self.frozen_statistics and isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
-
-    def parameter_groups(self, lr: float, head_factor: float) -> list[dict]:
-        """Trainable backbone parameters at lr, classifiers at head_factor * lr, each once."""
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        head = [p for name, p in named if name.startswith("classifiers.")]
-        trunk = [p for name, p in named if not name.startswith("classifiers.")]
-        return [{"params": trunk, "lr": lr}, {"params": head, "lr": head_factor * lr}]
-
-
-def _stage(in_channels: int, width: int, blocks: int, *, stride: int, dilation: int):
-    shortcut = nn.Sequential(
-        nn.Conv2d(in_channels, 4 * width, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * width)
-    )
-    first = Bottleneck(in_channels, width, downsample=shortcut, dilation=dilation)
-    first.conv1.stride = (stride, stride)  # torchvision has it on conv2
-    rest = (Bottleneck(4 * width, width, dilation=dilation) for _ in range(blocks - 1))
-    return nn.Sequential(first, *rest)
 
 
 # Kinds of weights file: name, pattern of a key that tells it, beginning of its classifiers' keys
@@ -155,7 +190,7 @@ class Loaded(NamedTuple):
         return f"{self.kind}, {len(self.matched)} tensors matched" + "".join(texts)
 
 
-def load_weights(model: DeepLabV2, source: str | Path) -> Loaded:
+def load_weights(model: SegmentationResNet, source: str | Path) -> Loaded:
     """Fill model from "imagenet" (torchvision), "none" (stays as initialised) or a local file.
 
     A file is of one of FORMATS. The network's mean and std become those of the weights, conv1 of
@@ -164,7 +199,9 @@ def load_weights(model: DeepLabV2, source: str | Path) -> Loaded:
     """
     if str(source) == "none":
         return Loaded("none (Kaiming initialisation; batch statistics, trained affine)", [], [], [])
-    read = _imagenet_state() if str(source) == "imagenet" else _read_state(Path(source))
+    read = (
+        _imagenet_state(model.imagenet) if str(source) == "imagenet" else _read_state(Path(source))
+    )
     kind, state = _translate(*read, source)
     own = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
     matched = [key for key in own if key in state and state[key].shape == own[key].shape]
@@ -198,8 +235,7 @@ def _translate(state: dict[str, Tensor], taken: str, source) -> tuple[str, dict[
     return f"{name}{taken} ({expects[0]})", state
 
 
-def _imagenet_state() -> tuple[dict[str, Tensor], str]:
-    weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
+def _imagenet_state(weights: torchvision.models.WeightsEnum) -> tuple[dict[str, Tensor], str]:
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if cached.is_file():
         _check_hash(cached)  # torch.hub checks only what it downloads

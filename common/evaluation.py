@@ -169,11 +169,10 @@ def autocast(args: Namespace) -> torch.autocast:
 
 
 def score(networks: dict[str, nn.Module], data: Data, args: Namespace) -> dict[str, dict]:
-    """evaluate on the validation set with the command line's device, workers and precision."""
+    """evaluate on --evaluate-split with the command line's device, workers and precision."""
     options = {"device": args.device, "workers": args.workers}
-    return evaluate(
-        networks, data.val, data.num_classes, **options, autocast=partial(autocast, args)
-    )
+    _, images = data.scored(args.evaluate_split)
+    return evaluate(networks, images, data.num_classes, **options, autocast=partial(autocast, args))
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
@@ -199,7 +198,8 @@ def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
     networks = {n: _load_network(recipe, args, network, n) for n in ("student", "teacher")}
     scores = score(networks, data, args)
     size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
-    print(f"{len(data.val)} validation images, labels at {size}")
+    part, images = data.scored(args.evaluate_split)
+    print(f"{len(images)} {part} images, labels at {size}")
     print(iou_table(scores, data.class_names))
 
 

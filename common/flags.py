@@ -27,9 +27,10 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = None):
+def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = None, argv=None):
     """(recipe, args) of a command line: a preset or a checkpoint's settings, then the flags given.
 
+    preset(dataset, flags given) is the recipe that they change, recipes[dataset] without it.
     args.checkpoint is what --resume, --evaluate or --predict read, or None; args.method is method.
     """
     parser = _parser(method, doc, recipes)
@@ -39,8 +40,14 @@ def parse_args(method: str, doc: str, recipes: dict, argv: list[str] | None = No
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     dataset = given.get("dataset", defaults["dataset"])
     defaults.update(DEFAULTS[dataset], method=method, checkpoint=None)
-    recipe, args = _override(recipes[dataset], defaults, given)
-    folder = args.output_dir or default_folder(recipe, args, recipes)
+    usual = preset(dataset, given) if preset else recipes[dataset]
+    recipe, args = _override(usual, defaults, given)
+    # Of what picks the preset, the folder's name tells what is not the data set's own.
+    usual = {
+        **asdict(usual),
+        **{k: getattr(recipes[dataset], k) for k in given if hasattr(usual, k)},
+    }
+    folder = args.output_dir or default_folder(recipe, args, usual)
     named = (args.evaluate, args.predict and args.predict[0], args.resume)
     source = next((name for name in named if name is not None), None)
     if source == "auto":
@@ -93,6 +100,7 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     add("--tensorboard", action="store_true", help="write TensorBoard's event files too")
     command("--evaluate", metavar="CKPT", help="print the IoU of both networks, do not train")
     add("--full-resolution", action="store_true", help="score at the labels' own size")
+    add("--evaluate-split", choices=("val", "test"), help="default: test where there is one")
     command("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, do not train")
     add("--out", default="predictions", help="folder of the labeled pictures")
     _add_recipe_flags(parser.add_argument_group("recipe").add_argument, recipes)
@@ -133,8 +141,9 @@ def _options(name: str, kind, presets: Iterable) -> dict:
         return {"choices": typing.get_args(kind)}
     zero = any(0 in (preset if isinstance(preset, tuple) else (preset,)) for preset in presets)
     smallest = 0 if zero or (kind is float and not is_range) else {int: 1, float: 0.01}[kind]
-    smallest = 16 if name in ("size", "crop") else smallest
-    share = name.endswith(("probability", "decay", "threshold", "momentum"))
+    smallest = {"size": 16, "crop": 16, "ict_alpha": 0.01}.get(name, smallest)
+    share = name.endswith(("probability", "decay", "threshold", "momentum", "p_range"))
+    smallest = 0 if share else smallest
     return {**options, "type": _number(smallest, kind, 1.0 if share else math.inf)}
 
 
@@ -189,16 +198,16 @@ def _device(name: str | None) -> torch.device:
         raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
 
 
-def default_folder(recipe, args: argparse.Namespace, recipes: dict) -> str:
-    """runs/<method>_<dataset>_<labeled>_s<seed> and what differs from the recipe."""
+def default_folder(recipe, args: argparse.Namespace, usual: dict) -> str:
+    """runs/<method>_<dataset>_<labeled>_s<seed> and what differs from the usual recipe."""
     labeled = Path(args.labeled_list).stem if args.labeled_list else args.labeled.replace("/", "-")
     parts = [args.method, args.dataset, labeled, f"s{args.seed}"]
     parts += [] if args.split_seed in (None, args.seed) else [f"split{args.split_seed}"]
-    usual = DEFAULTS[args.dataset]["weights"]
-    parts += [] if args.weights == usual else [f"weights-{Path(args.weights).stem}"]
+    default = DEFAULTS[args.dataset]["weights"]
+    parts += [] if args.weights == default else [f"weights-{Path(args.weights).stem}"]
     parts += ["supervised"] * args.supervised
     for name, value in asdict(recipe).items():
-        if value != getattr(recipes[args.dataset], name):
+        if value != usual[name]:
             text = "x".join(map(str, value)) if isinstance(value, tuple) else value
             parts.append(f"{name.replace('_', '-')}-{text}")
     name = "_".join(parts)

@@ -42,14 +42,14 @@ from common.flags import numbered, parse_args
 from common.record import commit, peak_memory, summary_writer, write_atomically
 
 
-def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable) -> None:
+def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
     """Run one command of a method file: train, or --evaluate or --predict with a checkpoint.
 
-    network(recipe, num_classes, pretrained) builds what train(recipe, args) trains. A user's
-    mistake ends in one line on stderr and status 2.
+    network(recipe, num_classes, pretrained) builds what train(recipe, args) trains. preset: see
+    parse_args. A user's mistake ends in one line on stderr and status 2.
     """
     try:
-        recipe, args = parse_args(method, doc, recipes)
+        recipe, args = parse_args(method, doc, recipes, preset)
         if args.processes > 1:
             _join(args)
         if args.evaluate is not None:
@@ -90,19 +90,20 @@ def _join(args: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def check_recipe(recipe, args: argparse.Namespace) -> None:
+def check_recipe(recipe, args: argparse.Namespace, *, smallest_share: int = 2) -> None:
     """InputError where batch size or length leave nothing to mix.
 
-    A batch is split over processes and --accumulate; a share is mixed within itself.
+    A batch is split over processes and --accumulate; a share is mixed within itself, unless
+    smallest_share is 1.
     """
     shares = args.processes * args.accumulate
     if recipe.batch_size % shares:
         raise InputError(f"--batch-size {recipe.batch_size}: cannot be split into {shares} shares")
     if args.supervised:
         return
-    if recipe.batch_size < 2 * shares:
+    if recipe.batch_size < smallest_share * shares:
         raise InputError("--batch-size: a share of one image has no other to be mixed with")
-    if recipe.warmup >= recipe.iterations:
+    if getattr(recipe, "warmup", 0) >= recipe.iterations:
         raise InputError(f"--warmup {recipe.warmup}: no iteration is left for unlabeled images")
 
 
@@ -133,6 +134,7 @@ class Run:
         self.headline, self.share, self.first = headline, 0, args.rank == 0
         self.networks = {name: state[name] for name in ("student", "teacher")}
         self.names = [data.train.names[index] for index in split[0]]
+        self.scored = data.scored(args.evaluate_split)
         self.start, self.seconds, self.miou = 0, 0.0, None
         self.means: dict[str, tuple[Tensor, int]] = {}  # sum and count
         if args.checkpoint is not None:
@@ -159,17 +161,20 @@ class Run:
             self.student = DistributedDataParallel(self.student)
         self._announce(weights)
 
-    def batches(self, batch_size: int, transform: Callable, *, warmup: int) -> list[Iterator]:
-        """Endless labeled and unlabeled batches; the latter start after warmup steps."""
+    def batches(
+        self, batch_size: int, transform: Callable, *, warmup: int = 0, streams: int = 1
+    ) -> list[Iterator]:
+        """Endless labeled and unlabeled batches; the latter, of streams orders, after warmup."""
         args, batches = self.args, []
         if self.first:  # makes the cache once, for all processes
             self.data.train.prepare()
         if args.processes > 1:
             dist.barrier()
-        for stream, indices in enumerate(self.split):
+        for stream in range(1 + streams):
+            indices = self.split[min(stream, 1)]
             what = (self.data.train, indices, batch_size, transform, args.seed, stream)
             drawn = Batches(*what, part=args.rank, parts=args.processes)
-            start = max(self.start, warmup * stream)
+            start = max(self.start, warmup if stream else 0)
             batches.append(endless(drawn, start, args.workers, args.device))
         return batches
 
@@ -238,7 +243,8 @@ class Run:
         self.miou = scores[self.headline]["miou"]
         self._append({"iteration": done, **scores})
         text = ", ".join(f"{name} {100 * score['miou']:.2f}%" for name, score in scores.items())
-        print(f"[{done}/{last}] mIoU on {len(self.data.val)} images: {text}", flush=True)
+        part, images = self.scored
+        print(f"[{done}/{last}] mIoU on {len(images)} {part} images: {text}", flush=True)
         samples["prediction"] = samples.pop("logits").argmax(1)
         save_samples(self.folder / "samples" / f"{done:06d}.png", samples, self.data.palette)
         if done == last:
@@ -247,11 +253,12 @@ class Run:
 
     def _announce(self, weights: Loaded | str) -> None:
         args, data, (labeled, unlabeled) = self.args, self.data, self.split
+        part, images = self.scored
         print(f"{args.method} on {args.dataset}{', supervised only' * args.supervised}")
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
         print(
             f"data: {len(labeled)} labeled and {len(unlabeled)} unlabeled of {len(data.train)} "
-            f"training images, {len(data.val)} validation images, {data.num_classes} classes"
+            f"training images, {len(images)} {part} images, {data.num_classes} classes"
         )
         print(f"weights: {weights}")
         print(f"evaluation: last iterate, whole images at {self.recipe.size or 'their own size'}")
@@ -363,6 +370,7 @@ class Run:
             "labeled": len(self.names),
             "iterations": self.recipe.iterations,
             "headline": self.headline,
+            "evaluated": self.scored[0],
             "class_names": list(self.data.class_names),
             **scores,
             "seconds": round(self.seconds, 1),
