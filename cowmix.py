@@ -192,7 +192,7 @@ def box_mask(batch: int, size, *, p_range=(0.5, 0.5), generator=None, device=Non
 
 
 def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a where mask, else b (3.3): (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
+    """a where mask, else b: (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
     return torch.where(mask if a.dim() == mask.dim() else mask.unsqueeze(1), a, b)
 
 
