@@ -159,7 +159,7 @@ def cut_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
 
 
 def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a where mask, else b (alg. 1, l. 7-8): (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
+    """a where mask, else b: (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
     return torch.where(mask if a.dim() == mask.dim() else mask.unsqueeze(1), a, b)
 
 
@@ -240,7 +240,7 @@ def classmix_loss(
 
 
 def network(recipe: Recipe, num_classes: int, pretrained: bool) -> DeepLabV2:
-    """The network of section 4.1; batch-norm affine parameters stay as they were pretrained."""
+    """The paper's network; batch-norm affine parameters stay as they were pretrained."""
     shape = {"layers": recipe.layers, "width": recipe.width, "rates": recipe.aspp_rates}
     return DeepLabV2(num_classes, **shape, batch_norm="batch", train_affine=not pretrained)
 
