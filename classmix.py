@@ -6,7 +6,7 @@ pseudo-label, weighted by the share of pixels that the teacher is confident of.
 
     class_mask                 algorithm 1, lines 4-6
     mix                        algorithm 1, lines 7-8
-    unlabeled_weight           lambda of equation 1 (section 3.3; other weightings: table 3)
+    unlabeled_weight           lambda of equation 1 (section 3.3; other weightings: 4.3)
     cross_entropy              equation 2, labeled term of equation 1
     consistency                equation 2, unlabeled term of equation 1 (other losses: table 3)
     classmix_loss              algorithm 1 and the second term of equation 1
@@ -171,7 +171,7 @@ def sigmoid_ramp(iteration: int, length: int) -> float:
 def unlabeled_weight(
     confidence: Tensor, threshold: float, *, weighting: str, scope: str, ramp: float
 ) -> Tensor:
-    """lambda (sec. 3.3, 4.3): (B,H,W) mixed confidence -> (B,H,W), (B,1,1) or (1,1,1).
+    """lambda (eq. 1): (B,H,W) mixed confidence -> (B,H,W), (B,1,1) or (1,1,1).
 
     "fraction" of confident pixels in the "batch" or in each "sample"; "pixel": 1 where confident,
     else 0; "ramp": the value given; "constant": 1.
@@ -179,9 +179,9 @@ def unlabeled_weight(
     confident = (confidence >= threshold).float()
     if weighting == "pixel":
         return confident
-    if weighting == "fraction":
-        return confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
-    return torch.full_like(confident[:1, :1, :1], ramp if weighting == "ramp" else 1.0)
+    if weighting != "fraction":
+        return torch.full_like(confident[:1, :1, :1], ramp if weighting == "ramp" else 1.0)
+    return confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
@@ -207,7 +207,7 @@ def classmix_loss(
     image: Tensor,
     *,
     make_mask: Callable[[Tensor], Tensor],
-    augment: Callable[[Tensor], Tensor],
+    augment: Callable[[Tensor], Tensor],  # of the mixed images
     threshold: float = 0.968,
     weighting: str = "fraction",
     scope: str = "batch",
@@ -217,12 +217,12 @@ def classmix_loss(
     """Second term of eq. 1 on one unlabeled batch: (B,3,H,W) -> scalar, what it was made of.
 
     Each image is pasted on the next one of the batch, the last on the first. make_mask turns
-    pseudo-labels (B,H,W) into masks, augment changes the mixed images.
+    pseudo-labels (B,H,W) into masks.
     """
     with torch.no_grad():
-        prob = teacher(image).float().softmax(1)  # S_A, S_B (l. 1-2)
-        confidence, pseudo_label = prob.max(1)  # (l. 3)
-        mask = make_mask(pseudo_label)  # M (l. 4-6)
+        prob = teacher(image).float().softmax(1)  # S_A, S_B (l. 1-2), argmax (l. 3)
+        confidence, pseudo_label = prob.max(1)
+        mask = make_mask(pseudo_label)  # M
         image_mix = augment(mix(mask, image, image.roll(-1, 0)))  # M * A + (1 - M) * B (l. 7)
         label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # (l. 8; argmax first: same)
         prob_mix = mix(mask, prob, prob.roll(-1, 0)) if kind != "cross-entropy" else None
@@ -257,7 +257,7 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
 
 
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Equation 1: labeled loss, ClassMix loss, step, teacher."""
+    """Equation 1: labeled loss, unlabeled loss, step, teacher."""
     run.check_recipe(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     split = select(data.train, args, batch_size=recipe.batch_size)
