@@ -143,15 +143,17 @@ def complex_mask(
     block = row[:, None] * p + column
     in_range = (pseudo_label >= 0) & (pseudo_label < num_classes)
     label = torch.where(in_range, pseudo_label, num_classes)
-    index = (block * (num_classes + 1) + label).flatten(1)  # into a table of blocks and ids
+    table = torch.zeros(batch, p * p, num_classes + 1, dtype=torch.bool, device=device)
+    index = (block * (num_classes + 1) + label).flatten(1)  # of pixels in the table
     number = num_classes
     if classes == "present":
-        present = F.pad(torch.zeros_like(scores, dtype=torch.bool), (0, 1)).flatten(1)
-        present = present.scatter(1, index, True).view(batch, p * p, -1)[..., :num_classes]
+        present = table.flatten(1).scatter(1, index, True).view_as(table)[..., :num_classes]
         scores = scores.masked_fill(~present, torch.inf)
         number = present.sum(2, keepdim=True)
-    chosen = scores.argsort(2).argsort(2) < number // 2
-    return F.pad(chosen, (0, 1)).flatten(1).gather(1, index).view_as(pseudo_label)
+    order = scores.argsort(2)
+    half = (torch.arange(num_classes, device=device) < number // 2).expand_as(order)
+    chosen = table.scatter(2, order, half)
+    return chosen.flatten(1).gather(1, index).view_as(pseudo_label)
 
 
 def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -356,6 +356,7 @@ def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
         same = [torch.equal(a, b) for a, b in zip(*states, strict=True)]
         changed = [not torch.equal(a, b) for a, b in zip(before, states[0], strict=True)]
         assert sum(changed) > len(changed) / 2  # the student moves, statistics too
+        assert options["buffers"] == "copy"
         updates.append((options["decay"], all(same)))
 
     monkeypatch.setattr(complexmix, "complex_mask", spy_mask)
