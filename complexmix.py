@@ -21,8 +21,8 @@ No code was published: this file is the reference. Where the paper is silent or 
 - "only when the confidence is sufficiently high": the loss is weighted by the share of confident
   pixels, as in ClassMix, whose ablation finds a filter of pixels worse (--weighting pixel,
   --weight-scope, --confidence-threshold); lambda is that share times 1 (--unlabeled-weight);
-- initial training on labels: 1000 of the 40000 steps, the shortest stage that gives usable masks,
-  without a new start of the learning rate (--warmup; 0 is ClassMix's start);
+- initial training on labels: 1000 of the 40000 steps, a short stage that keeps the rest near
+  ClassMix, without a new start of the learning rate (--warmup; 0 is ClassMix's start);
 - the teacher's decay grows to 0.99 from the end of that stage on, when it is the student's copy,
   batch-norm statistics too (--ema-decay); these statistics stay the student's, as in ClassMix;
 - 1/N in equations 2 and 3 is the mean over pixels too: otherwise the loss would be 524288 times
@@ -32,10 +32,10 @@ No code was published: this file is the reference. Where the paper is silent or 
   10 times the learning rate as in ClassMix's code (--head-factor);
 - the labeled images are not used as unlabeled ones too, as in ClassMix's code (--unlabeled all).
 Without a flag, as in classmix.py, so that the two differ in the mask: each image is pasted on the
-next one of the batch; hard pseudo-labels, for which equation 3 is the cross-entropy; the teacher
-makes them (the paper writes the student's parameters for the teacher's twice); batch statistics
-with frozen affine parameters (trained with --weights none); the student's last iterate is
-reported, beside it the teacher's.
+next one of the batch; pseudo-labels are hard, with which equation 3 is the cross-entropy; the
+teacher makes them (the paper writes the student's parameters for the teacher's twice); images are
+resized bilinearly, labels by the nearest pixel; batch statistics, frozen affine parameters
+(trained with --weights none); the student's last iterate is reported, beside it the teacher's.
 
     python complexmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125 --seed 0
 
