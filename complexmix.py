@@ -133,6 +133,8 @@ def complex_mask(
     (B,p*p,K) are chosen, uniform noise unless given: of all K classes, or of those present in the
     block. Ids outside 0..K-1 are never chosen.
     """
+    if classes not in ("all", "present"):
+        raise ValueError(f"classes is 'all' or 'present', not {classes!r}")
     batch, height, width = pseudo_label.shape
     p, device = min(blocks, height, width), pseudo_label.device
     if scores is None:

@@ -145,6 +145,11 @@ def test_one_block_of_present_classes_is_classmix():
     assert torch.equal(one, classmix.class_mask(label, 9, scores=scores))
 
 
+def test_unknown_classes_value():
+    with pytest.raises(ValueError, match="classes is 'all' or 'present', not 'half'"):
+        complex_mask(torch.zeros(1, 2, 2).long(), 3, 2, classes="half")
+
+
 def test_the_draw_of_p():
     blocks, count = (4, 16, 64, 128), 4000
     drawn = [draw_blocks(blocks, 0, iteration) for iteration in range(count)]
