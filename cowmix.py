@@ -101,7 +101,7 @@ RECIPES = {
     "voc": replace(VOC, **DEEPLAB),
     "bdd100k": replace(CITYSCAPES, size=(360, 640)),
     "folder": VOC,
-    "streets": replace(STREETS, lr=6e-3, lr_power=0.9, sigma_range=(1.0, 4.0)),
+    "streets": replace(STREETS, lr=6e-3, lr_power=0.9),
 }
 OTHER_NETWORK = {
     "camvid": replace(Recipe(), **DEEPLAB),
@@ -422,7 +422,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, args.weights != "none").to(args.device)
     weights = "of the checkpoint" if args.checkpoint else load_weights(student, args.weights)
-    teacher = make_teacher(student, train_mode=False)
+    teacher = make_teacher(student, train_mode=True)  # as in the code; alike if frozen
     optimizer = torch.optim.Adam(student.parameter_groups(recipe.lr, recipe.head_factor))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power

@@ -1,13 +1,10 @@
 """complexmix.py against naive loops and exact laws; what it shares with classmix.py."""
 
 import ast
-import builtins
 import difflib
 import inspect
 import itertools
 import math
-import symtable
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,9 +16,6 @@ from torch import nn
 import classmix
 import complexmix
 from complexmix import complex_mask, draw_blocks
-
-SOURCE = Path(complexmix.__file__).read_text()
-CORE = SOURCE.split("copy from here ----\n")[1].split("# ---- to here")[0]
 
 
 def generator(seed=0):
@@ -211,24 +205,6 @@ def test_loss_equals_naive_loss(weighting):
     assert all(p.grad is None for p in teacher.parameters())
     assert torch.equal(labels[0], teacher(image).argmax(1)) and seen["pseudo_label"] is labels[0]
     assert not any(x.requires_grad for x in seen.values())
-
-
-def test_core_runs_when_pasted_under_its_imports(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] in ("common", "torchvision")]:
-        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
-    imports = [n for n in ast.parse(SOURCE).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    known = {"torch", *sys.stdlib_module_names}
-    known = [ast.unparse(n) for n in imports if ast.unparse(n).split()[1].split(".")[0] in known]
-    namespace = {}
-    exec("\n".join([*known, CORE]), namespace)
-    assert "import " not in CORE
-
-    def unresolved(table):
-        names = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
-        names -= namespace.keys() | set(dir(builtins))
-        return names.union(*map(unresolved, table.get_children()))
-
-    assert not unresolved(symtable.symtable(CORE, "core", "exec"))
 
 
 @pytest.mark.parametrize("classes", ["all", "present"])

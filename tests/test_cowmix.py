@@ -538,7 +538,7 @@ def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
     monkeypatch.setattr(cowmix, "update_teacher", spy_update)
     monkeypatch.setattr(run, "Batches", spy_batches)
     printed = weights_after(command, camvid, tmp_path / "run", "--labeled", "1.0")[2]
-    assert [entry[:2] for entry in losses] == [(True, False)] * 3
+    assert [entry[:2] for entry in losses] == [(True, True)] * 3
     assert all(entry[4] == 0.05 for entry in losses)
     assert not any(torch.equal(entry[2], entry[3]) for entry in losses)
     assert updates == [{"decay": 0.99, "buffers": "average"}] * 3
