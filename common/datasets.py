@@ -159,7 +159,11 @@ def open_dataset(
     counts = {part: len(images) for part, images in parts.items()}
     published = {p: n for p, n in layouts.COUNTS.get(name, counts).items() if p in counts}
     if counts != published:
-        warn(f"--data-dir {root}: images are {counts}, published are {published}")
+        names = [Path(name).name for images in parts.values() for name in images.names]
+        groups = layouts.GROUPS.get(name, ())
+        absent = [group for group in groups if not any(n.startswith(f"{group}_") for n in names)]
+        none = f"; none of {', '.join(absent)}" if absent else ""
+        warn(f"--data-dir {root}: images are {counts}, published are {published}{none}")
     return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
 
 
@@ -230,9 +234,14 @@ def _read_label(path: Path, table: np.ndarray) -> np.ndarray:
 def _mat_ids(path: Path) -> np.ndarray:
     """The classes of SBD's file of an image, uint8 (H,W)."""
     try:
-        return loadmat(path)["GTcls"][0, 0]["Segmentation"].astype(np.uint8, casting="safe")
+        ids = loadmat(path)["GTcls"][0, 0]["Segmentation"]
+        with np.errstate(invalid="raise"):
+            label = ids.astype(np.uint8)
+        if not np.array_equal(ids, label):  # of another type, they may be more than whole 0-255
+            raise ValueError
     except Exception as error:  # loadmat raises nearly any type on a damaged file
         raise InputError(f"{path}: a damaged file or not one of SBD's cls folder") from error
+    return label
 
 
 # ---- Labeled and unlabeled ----

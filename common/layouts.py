@@ -30,6 +30,9 @@ _CITYSCAPES = """road 804080, sidewalk f423e8, building 464646, wall 66669c, fen
 pole 999999, traffic light faaa1e, traffic sign dcdc00, vegetation 6b8e23, terrain 98fb98,
 sky 4682b4, person dc143c, rider ff0000, car 00008e, truck 000046, bus 003c64, train 005064,
 motorcycle 0000e6, bicycle 770b20"""
+_CITIES = """aachen bochum bremen cologne darmstadt dusseldorf erfurt hamburg hanover jena krefeld
+monchengladbach strasbourg stuttgart tubingen ulm weimar zurich frankfurt lindau munster"""
+GROUPS = {"cityscapes": _CITIES.split()}  # with what the names of images begin, each of them
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # of 0-33 in labelIds.png
 _VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
 motorbike person pottedplant sheep sofa train tvmonitor"""
@@ -38,22 +41,28 @@ motorbike person pottedplant sheep sofa train tvmonitor"""
 def _cityscapes_files(root: Path):
     """leftImg8bit/PART/CITY/*.png, gtFine/PART/CITY/*_gtFine_label{TrainIds,Ids}.png.
 
-    TrainIds are read where every image has them. Test has no real labels and is left out.
+    Or images/PART/*.png and segmentation/PART/*_gtFine.png, which are training ids. Of the others
+    those ids are read that more images have, TrainIds where all have both. Test has no real labels
+    and is left out.
     """
-    images, labels = (
-        _found(root, f"{kind}/train", f"{kind}_trainvaltest/{kind}/train").parent
-        for kind in ("leftImg8bit", "gtFine")
-    )
-    image_ending, parts = ("_leftImg8bit.png",), ("train", "val")
-    ready = all(
-        (labels / part / f"{name}_gtFine_labelTrainIds.png").is_file()
-        for part in parts
-        for name in _by_stem(images / part, image_ending)
-    )
-    endings = (image_ending, ("_gtFine_labelTrainIds.png" if ready else "_gtFine_labelIds.png",))
+
+    def places(kind):
+        above = [f"{a}{b}" for b in ("", f"{kind}_trainvaltest/") for a in ("", "cityscapes/")]
+        return [f"{folder}{kind}/train" for folder in above]
+
+    flat = ("images/train", "cityscapes/images/train")
+    images = _found(root, *places("leftImg8bit"), *flat).parent
+    endings, kinds, parts = ("_leftImg8bit.png",), ("_labelTrainIds", "_labelIds"), ("train", "val")
+    if images.name == "images":
+        labels, endings, kinds = images.with_name("segmentation"), (*endings, ".png"), ("",)
+    else:
+        labels = _found(root, *places("gtFine")).parent
+    stems = [f"{part}/{name}_gtFine" for part in parts for name in _by_stem(images / part, endings)]
+    kind = max(kinds, key=lambda kind: sum((labels / f"{s}{kind}.png").is_file() for s in stems))
+    endings = (endings, (f"_gtFine{kind}.png",))
     files = {part: _pairs(images / part, labels / part, endings=endings) for part in parts}
     mapped = [_CITYSCAPES_IDS.index(i) if i in _CITYSCAPES_IDS else VOID for i in range(34)]
-    return files, _table(range(19) if ready else mapped), *_classes(_CITYSCAPES)
+    return files, _table(mapped if kind == "_labelIds" else range(19)), *_classes(_CITYSCAPES)
 
 
 def _voc_files(root: Path):
@@ -79,7 +88,8 @@ def _voc_files(root: Path):
     val = _listed(lists, "val")
     if val is None:
         raise InputError(f"{lists / 'Segmentation' / 'val.txt'}: no such file")
-    train = _listed(lists, "train_aug", "trainaug") or mats.keys() | png_of.keys()
+    train = _listed(lists, "train_aug", "trainaug")
+    train = mats.keys() | png_of.keys() if train is None else train
     wanted = {"train": (train - val, mats | png_of), "val": (val, png_of)}
     for names, label_of in wanted.values():
         if alone := sorted(names - (image_of.keys() & label_of.keys())):
@@ -90,16 +100,19 @@ def _voc_files(root: Path):
 
 
 def _bdd100k_files(root: Path):
-    """seg/{images,labels}/PART with ID_train_id.png, or images/10k and labels/sem_seg/masks."""
+    """seg/{images,labels}/PART, or images/10k/PART and labels/sem_seg/masks/PART.
+
+    Masks are ID_train_id.png, as in the former, or ID.png, as in the latter.
+    """
     new = [f"{folder}images/10k/train" for folder in ("", "bdd100k/")]
     old = [f"{folder}images/train" for folder in ("", "seg/", "bdd100k/", "bdd100k/seg/")]
     images = _found(root, *new, *old).parent
-    labels, ending = images.parent / "labels", "_train_id.png"
+    labels = images.parent / "labels"
     if images.name == "10k":
-        labels, ending = images.parents[1] / "labels" / "sem_seg" / "masks", ".png"
-    files = {}
+        labels = images.parents[1] / "labels" / "sem_seg" / "masks"
+    files, endings = {}, ("_train_id.png", ".png")
     for part in ("train", "val"):
-        image_of, label_of = _by_stem(images / part, _IMAGES), _by_stem(labels / part, (ending,))
+        image_of, label_of = _by_stem(images / part, _IMAGES), _by_stem(labels / part, endings)
         files[part] = {k: (image_of[k], label_of[k]) for k in image_of.keys() & label_of.keys()}
         for folder, names in ((images, image_of), (labels, label_of)):
             if alone := sorted(names.keys() - files[part].keys()):
@@ -160,16 +173,20 @@ def _listed(lists: Path, *names: str) -> set[str] | None:
     folders = (lists / "Segmentation", lists / "SegmentationAug")
     paths = [folder / f"{name}.txt" for name in names for folder in folders]
     found = next(filter(Path.is_file, paths), None)
-    return found and {Path(line.split()[0]).stem for line in read_lines(found)}
+    ids = found and {Path(line.split()[0]).stem for line in read_lines(found)}
+    if ids == set():
+        raise InputError(f"{found}: lists no image")
+    return ids
 
 
 def _pairs(images: Path, labels: Path, *, unlabeled=False, endings=(_IMAGES, (".png",))) -> dict:
     """Name (path without ending) -> image and label path; unlabeled: or None for the label."""
     image_of, label_of = _by_stem(images, endings[0]), _by_stem(labels, endings[1])
     for name in sorted(label_of.keys() ^ image_of.keys()):
-        if name in label_of or not unlabeled:
-            alone, other = (label_of, images) if name in label_of else (image_of, labels)
-            raise InputError(f"{alone[name]}: no file of the same name in {other}")
+        if name in label_of:
+            raise InputError(f"{label_of[name]}: no image of the same name in {images}")
+        if not unlabeled:
+            raise InputError(f"{image_of[name]}: no label {labels / name}{endings[1][0]}")
     return {name: (image_of[name], label_of.get(name)) for name in image_of}
 
 

@@ -2,11 +2,13 @@
 
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import publish, write_bdd100k, write_cityscapes, write_sbd, write_voc
 from PIL import Image
+from scipy.io import savemat
 from test_run import SMALL
 
 from common import InputError, layouts
@@ -58,6 +60,54 @@ def test_cityscapes_prefers_train_ids_where_every_image_has_them(tmp_path):
     label = open_dataset("cityscapes", root).val[0][1]
     path = path.with_name(path.name.replace("TrainIds", "Ids"))
     assert label.tolist() == [[TRAIN_ID.get(i, 255) for i in row] for row in raw(path).tolist()]
+
+
+def test_a_missing_label_of_cityscapes_is_named(tmp_path):
+    root = write_cityscapes(tmp_path, kinds=("labelTrainIds",))
+    path = one(root, "trainb*_labelTrainIds.png")
+    path.unlink()
+    with pytest.raises(InputError, match=f"no label {path}"):
+        open_dataset("cityscapes", root)
+
+
+def test_absent_cities_are_named(tmp_path, capsys):
+    root = write_cityscapes(tmp_path)
+    for old, new in (("traina", "aachen"), ("trainb", "zurich"), ("vala", "munster")):
+        for path in sorted(root.rglob(f"*{old}*"), reverse=True):
+            path.rename(path.with_name(path.name.replace(old, new)))
+    open_dataset("cityscapes", root)
+    _, absent = capsys.readouterr().err.split("none of ")
+    assert absent.startswith("bochum, ") and absent.count(",") == 17 and "zurich" not in absent
+
+
+@pytest.mark.parametrize("ending", ["_leftImg8bit", ""])
+def test_cityscapes_one_level_up_and_flat_with_train_ids(tmp_path, ending):
+    write_cityscapes(tmp_path / "official/cityscapes", parents=False)
+    official = open_dataset("cityscapes", tmp_path / "official")
+    assert len(official.train) == 4
+    for part in (official.train, official.val):
+        for name, (image, label) in zip(part.names, part.files, strict=True):
+            split, stem = image.parts[-3], Path(name).name
+            for kind, source, end in (
+                ("images", image, ending),
+                ("segmentation", label, "_gtFine"),
+            ):
+                place = tmp_path / f"flat/{kind}/{split}/{stem}{end}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, place)
+    with pytest.raises(InputError, match="label id"):  # labelIds there
+        open_dataset("cityscapes", tmp_path / "flat").train[0]
+    for path in (tmp_path / "flat/segmentation").rglob("*.png"):
+        Image.fromarray(np.minimum(raw(path), 18)).save(path)
+    above = tmp_path / "above"
+    for root in (tmp_path / "flat", above):
+        if root == above:
+            above.mkdir()
+            (tmp_path / "flat").rename(above / "cityscapes")
+        data = open_dataset("cityscapes", root)
+        assert data.train.names[0] == "traina_000001_000019" and len(data.val) == 2
+        label = one(root, "segmentation/train/*")
+        assert np.array_equal(data.train[0][1], raw(label))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +182,20 @@ def test_voc_with_sbd_counts_each_image_once(tmp_path, given, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_sbd_s_classes_of_any_number_type(tmp_path):
+    write_voc(tmp_path, [1], [3])
+    write_sbd(tmp_path, tmp_path / "benchmark_RELEASE/dataset/cls", [5])
+    path = one(tmp_path, "*.mat")
+    label = np.arange(2400).reshape(40, 60) % 21
+    for kind in (np.float64, np.int16):
+        savemat(path, {"GTcls": {"Segmentation": label.astype(kind), "Boundaries": [1]}})
+        assert np.array_equal(open_dataset("voc", tmp_path).train[1][1], label)
+    for wrong in (label + 0.5, label - 300, label * np.nan):
+        savemat(path, {"GTcls": {"Segmentation": wrong, "Boundaries": [1]}})
+        with pytest.raises(InputError, match=path.name):
+            open_dataset("voc", tmp_path).train[1]
+
+
 def test_voc_detects_the_augmented_set_by_count(tmp_path, monkeypatch):
     write_voc(tmp_path, range(6), range(6, 9))
     with pytest.raises(InputError, match="9 masks, but none of SBD's") as caught:
@@ -156,6 +220,15 @@ def test_official_masks_win_over_augmented_ones(tmp_path):
     data = open_dataset("voc", tmp_path)
     assert (data.train[1][1] == 20).all() and (data.val[0][1] == 20).all()
     assert not (data.train[0][1] == 20).all() and len(data.train) == 4
+
+
+def test_bdd100k_s_old_masks_may_be_named_as_their_images(tmp_path):
+    root = write_bdd100k(tmp_path, old=True)
+    for path in list(root.rglob("*_train_id.png"))[::2]:
+        path.rename(path.with_name(path.name.replace("_train_id", "")))
+    data = open_dataset("bdd100k", root)
+    assert (len(data.train), len(data.val)) == (4, 2)
+    assert all(label.stem.startswith(image.stem) for image, label in data.train.files)
 
 
 BDD100K = [("", False), ("bdd100k", False), ("", True), ("seg", True), ("bdd100k/seg", True)]
@@ -226,6 +299,11 @@ BAD_TREES = [
     ("voc", lambda r: shutil.rmtree(r / "SegmentationClassAug"), "none of SBD's; tried"),
     ("voc", lambda r: one(r, "val.txt").unlink(), "val.txt: no such file"),
     ("voc", lambda r: one(r, "val.txt").write_text("nobody"), "nobody has no image"),
+    (
+        "voc",
+        lambda r: one(r, "val.txt").with_name("train_aug.txt").write_text("\n"),
+        "aug.txt: lists",
+    ),
     ("voc", lambda r: one(r, "2007_000007.png").unlink(), "2007_000007 has no label"),
     ("voc", lambda r: one(r, "2007_000002.jpg").unlink(), "2007_000002 has no image"),
     ("voc", swap_for_mat(b"MAT"), "2007_000010.mat: an empty file or not one of MATLAB"),
