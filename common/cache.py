@@ -3,12 +3,14 @@
 DIR/KEY/{images,labels}.npy, uint8 (N,3,H,W) and (N,H,W); KEY is a hash of what they were made of.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,66 +21,98 @@ _VERSION = 1  # of the code that decodes and resizes: to be raised when its pixe
 _NAMES = ("images", "labels")
 
 
-def build(folder: Path, sources: list[Path], settings, count: int, items: Iterable) -> Path | None:
-    """The folder below this one that holds the items, made of this count of them if not there.
-
-    It is stale when settings or the place, size or time of a source have changed. None, with a
-    warning, where it cannot be written.
-    """
+def key(folder: Path, sources: list[Path], settings) -> str:
+    """Another one when settings or the place, size or time of a source have changed."""
     stats = [(os.path.relpath(path, folder), path.stat()) for path in sources]
     made_of = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = hashlib.sha256(repr((_VERSION, settings, made_of)).encode()).hexdigest()[:16]
-    place = folder / key
-    if place.is_dir():
-        if _sound(place):
-            return place
-        shutil.rmtree(place, ignore_errors=True)
+    return hashlib.sha256(repr((_VERSION, settings, made_of)).encode()).hexdigest()[:16]
+
+
+def build(place: Path, count: int, items: Iterable) -> bool:
+    """Have this count of items in DIR/KEY, made by one run at a time; others in DIR are removed.
+
+    False, with a warning, where it cannot be written.
+    """
+    folder = place.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as temporary:
-            unfinished = Path(temporary) / key
-            _write(unfinished, items, count, place)
-            if not place.is_dir():  # else another run was faster
-                os.replace(unfinished, place)
+        if not is_sound(place):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.with_name(f"{folder.name}.lock")):
+                if not is_sound(place):  # else another run has made it meanwhile
+                    for old in folder.iterdir():
+                        _remove(old)
+                    _write(place, items, count)
     except OSError as error:
-        if not place.is_dir():
+        if not is_sound(place):
             warn(f"no cache, which slows training down: cannot write {place} ({error})")
-            return None
-    for stale in folder.iterdir():
-        if stale != place and stale.suffix != ".partial":
-            shutil.rmtree(stale, ignore_errors=True)
-    return place
+    return is_sound(place)
 
 
-def _write(folder: Path, items: Iterable, total: int, place: Path) -> None:
-    folder.mkdir()
-    for done, arrays in enumerate(items, 1):
-        for name, array in zip(_NAMES, arrays, strict=True):
-            with (folder / f"{name}.npy").open("ab") as file:
-                if done == 1:
-                    header = np.lib.format.header_data_from_array_1_0(array)
-                    header["shape"] = (total, *array.shape)
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(array.tobytes())
-        if done % 50 == 0 or done == total:
-            end = "\n" if done == total else ""
-            print(f"\rdecoding, once: {done}/{total} images, to {place}", end=end, flush=True)
-
-
-def _sound(place: Path) -> bool:
+def is_sound(place: Path) -> bool:
     """Whether both files are there and as long as they say."""
     try:
-        _arrays.__wrapped__(place)
+        _arrays(place)
     except (OSError, ValueError):
         return False
     return True
 
 
-@functools.cache  # what is open stays readable when another run replaces the cache
-def _arrays(place: Path) -> tuple[np.ndarray, ...]:
-    return tuple(np.load(place / f"{name}.npy", mmap_mode="r") for name in _NAMES)
-
-
 def read(place: Path, index: int) -> tuple[np.ndarray, ...]:
     """One item, from memory-mapped files."""
-    return tuple(array[index].copy() for array in _arrays(place))
+    return tuple(array[index].copy() for array in _arrays(place)[0])
+
+
+@functools.cache
+def _arrays(place: Path):
+    """The arrays and a lock that says, as long as this process and its workers live: in use."""
+    lock = (place / "images.npy").open("rb")
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    return [np.load(place / f"{name}.npy", mmap_mode="r") for name in _NAMES], lock
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits while another process is in here; the kernel lets a killed one out."""
+    with path.open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # worker processes have the file open, too
+
+
+def _remove(old: Path) -> None:
+    """What is stale, damaged or left by a killed run, unless another run reads it."""
+    with suppress(OSError):
+        if (old / "images.npy").is_file():
+            with (old / "images.npy").open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(old)
+
+
+def _write(place: Path, items: Iterable, total: int) -> None:
+    with tempfile.TemporaryDirectory(dir=place.parent, suffix=".partial") as temporary:
+        unfinished = Path(temporary) / place.name
+        unfinished.mkdir()
+        with (
+            (unfinished / "images.npy").open("wb") as images,
+            (unfinished / "labels.npy").open("wb") as labels,
+        ):
+            for done, arrays in enumerate(items, 1):
+                for file, array in zip((images, labels), map(np.asarray, arrays), strict=True):
+                    if done == 1:
+                        header = np.lib.format.header_data_from_array_1_0(array)
+                        header["shape"] = (total, *array.shape)
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(array.tobytes())
+                if done % 50 == 0 or done == total:
+                    end = "\n" if done == total else ""
+                    progress = f"\rdecoding, once: {done}/{total} images, to {place}"
+                    print(progress, end=end, flush=True)
+            for file in (images, labels):  # or a power failure may leave a file of zeros
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, place)

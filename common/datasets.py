@@ -6,13 +6,12 @@ Everywhere here an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, o
 import itertools
 import math
 import os
+import signal
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,21 +65,19 @@ class Images(Dataset):
         large = max(width * height for width, height in sizes) >= _LARGE
         self.cache_dir, self.cache = cache_dir if resized and large else None, None
 
-    def prepare(self) -> None:
-        """Decode large images that are to be resized, with all cores, unless it is done already."""
+    def prepare(self, *, build: bool = True) -> None:
+        """Use the cache; build: decode large images that are to be resized, with all cores."""
         if self.cache_dir is None:
             return
         sources = [path for pair in self.files for path in pair if path is not None]
         settings = (self.size, self.label_table.tolist())
-        self.cache = cache.build(self.cache_dir, sources, settings, len(self), self._decode_all())
+        place = self.cache_dir / cache.key(self.cache_dir, sources, settings)
+        workers = min(os.cpu_count() or 1, len(self))
+        # Its workers end themselves when this process is killed.
+        items = DataLoader(self, None, num_workers=workers, worker_init_fn=start_worker)
+        there = cache.build(place, len(self), items) if build else cache.is_sound(place)
+        self.cache = place if there else None
         self.cache_dir = None  # once, even if it cannot be written
-
-    def _decode_all(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        workers = {"initializer": start_worker, "initargs": (0,)}
-        decode = partial(_decode, label_table=self.label_table, size=self.size)
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, len(self)), **workers) as pool:
-            for start in range(0, len(self), 128):  # as many as memory holds while the disk is slow
-                yield from pool.map(decode, self.files[start : start + 128])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -170,7 +167,7 @@ def open_dataset(
 def _decode(files: tuple, label_table: np.ndarray, size: tuple | None, full_labels: bool = False):
     """Image and label, uint8 (3,H,W) and (H,W), of their files, as in Images."""
     image_path, label_path = files
-    image = read_image(image_path)
+    image = read_image(image_path)  # not turned as its EXIF says: the label has none and would not
     if label_path is None:
         label = Image.new("L", image.size, VOID)
     else:
@@ -380,3 +377,4 @@ def endless(batches: Batches, start: int, workers: int, device: torch.device) ->
 def start_worker(_: int) -> None:
     """Signals reach the whole process group: the main process saves, workers must live on."""
     os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not what the main process does at one

@@ -2,15 +2,19 @@
 
 import os
 import shutil
-import threading
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import publish, write_cityscapes
 from PIL import Image
-from test_run import SMALL, same_state
+from test_run import ROOT, SMALL, problems, same_state
 
 from common import InputError, cache, layouts
 from common.datasets import open_dataset
@@ -35,6 +39,7 @@ def open_train(tree, size=SIZE):
 
 
 def prepared(tree, size=SIZE):
+    cache._arrays.cache_clear()  # as another process would find it
     train = open_train(tree, size)
     train.prepare()
     return train
@@ -120,7 +125,6 @@ def test_a_damaged_cache_is_made_anew(tree, name, damage):
     prepared(tree)
     (place,) = made(tree)
     damage(place / name)
-    cache._arrays.cache_clear()  # as another process would find it
     assert same(prepared(tree), open_train(tree)) and made(tree) == [place]
 
 
@@ -145,51 +149,123 @@ def nothing():
     pass
 
 
-def test_nothing_half_written_is_ever_in_place(tmp_path):
+def test_nothing_half_written_is_ever_in_place(tmp_path, monkeypatch):
     def look():
-        seen.append([path.suffix for path in tmp_path.iterdir()])
+        seen.append([path.suffix for path in folder.iterdir()])
 
     def interrupt():
         look()
         if len(seen) == 2:
             raise KeyboardInterrupt
 
-    seen = []
+    seen, folder = [], tmp_path / "cache"
+    place = folder / "key"
     with pytest.raises(KeyboardInterrupt):
-        cache.build(tmp_path, [], (), 3, items(interrupt))
-    assert seen == [[".partial"]] * 2 and not list(tmp_path.iterdir())
-    place = cache.build(tmp_path, [], (), 3, items(look))
-    assert seen == [[".partial"]] * 5 and list(tmp_path.iterdir()) == [place]
+        cache.build(place, 3, items(interrupt))
+    assert seen == [[".partial"]] * 2 and not list(folder.iterdir())
+    calls, sync, move = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("move") or move(*paths))
+    assert cache.build(place, 3, items(look))
+    assert seen == [[".partial"]] * 5 and list(folder.iterdir()) == [place]
+    assert calls == ["sync", "sync", "move"]
     assert sorted(path.name for path in place.iterdir()) == ["images.npy", "labels.npy"]
     image, label = cache.read(place, 2)
     assert (image == 1).all() and image.shape == (3, 4, 6) and (label == 2).all()
 
 
-def test_a_slower_builder_takes_what_the_faster_one_made(tmp_path, monkeypatch, capsys):
-    move = os.replace
+def test_one_run_builds_and_the_others_wait_for_it(tmp_path):
+    def begin():
+        began.append(None)
+        second.submit(lambda: None)  # there is a second thread by now
 
-    def meanwhile(*paths):
-        monkeypatch.setattr(os, "replace", move)
-        faster.append(cache.build(tmp_path, [], (), 3, items(nothing, 5)))
-        move(*paths)
-
-    faster = []
-    monkeypatch.setattr(os, "replace", meanwhile)
-    place = cache.build(tmp_path, [], (), 3, items(nothing))
-    assert faster == [place] == list(tmp_path.iterdir())
-    assert (cache.read(place, 0)[0] == 5).all() and capsys.readouterr().err == ""
-
-
-def test_two_builders_at_once_agree(tmp_path):
-    barrier = threading.Barrier(2, timeout=60)
-
-    def build(_):
-        return cache.build(tmp_path / "cache", [], (), 3, items(barrier.wait))
-
-    with ThreadPoolExecutor(2) as pool:
-        (place, other) = pool.map(build, range(2))
-    assert place == other and list((tmp_path / "cache").iterdir()) == [place]
+    began, place = [], tmp_path / "cache" / "key"
+    with ThreadPoolExecutor(2) as second:
+        results = list(second.map(lambda _: cache.build(place, 3, items(begin)), range(2)))
+    assert results == [True, True] and len(began) == 3 and list(place.parent.iterdir()) == [place]
     assert [cache.read(place, k)[1].mean() for k in range(3)] == [2, 2, 2]
+
+
+READ = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from common import cache
+assert cache.is_sound(Path(sys.argv[2]))
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_another_run_reads_is_not_removed(tmp_path):
+    first, second, third = (tmp_path / "cache" / name for name in ("first", "second", "third"))
+    cache.build(first, 3, items(nothing))
+    cache._arrays.cache_clear()
+    argv, pipe = [sys.executable, "-c", READ, ROOT, first], subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True) as reader:
+        assert reader.stdout.readline() == "open\n"
+        cache.build(second, 3, items(nothing))
+        assert sorted(first.parent.iterdir()) == [first, second]
+        reader.stdin.close()
+        reader.wait()
+    cache._arrays.cache_clear()
+    cache.build(third, 3, items(nothing))
+    assert list(first.parent.iterdir()) == [third]
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import classmix
+from common import datasets
+decode = datasets._decode
+datasets._decode = lambda *what: time.sleep(0.3) or decode(*what)
+sys.argv[1:] = sys.argv[2:]
+classmix.main()
+"""
+
+
+def slow_build(tree, number):
+    """Sends this signal to a run that is making the cache; returns it and its workers."""
+    flags = ("--dataset", "cityscapes", "--data-dir", tree, "--labeled", 1, *SMALL)
+    flags = (ROOT, *flags, "--size", *SIZE, "--output-dir", tree / "run")
+    argv = [sys.executable, "-c", SLOW, *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(argv, **pipes)
+    workers = []
+    while not workers and run.poll() is None:
+        time.sleep(0.05)
+        if any(path.stat().st_size for path in tree.rglob("*.partial/*/images.npy")):
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            workers = [Path("/proc") / child for child in children]
+    run.send_signal(number)
+    return run, workers
+
+
+def left(workers):
+    """Those of the processes that live on."""
+    return [w for w in workers if w.exists() and "State:\tZ" not in (w / "status").read_text()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_build_leaves_nothing(tree, number):
+    run, workers = slow_build(tree, number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number
+    assert problems(errors) == [f"classmix.py: stopped by {number.name}"]
+    assert made(tree) == [] and not left(workers)
+
+
+def test_what_a_killed_build_leaves_is_removed(tree):
+    run, workers = slow_build(tree, signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert [path.suffix for path in made(tree)] == [".partial"]
+    deadline = time.monotonic() + 60
+    while left(workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left(workers)
+    train = prepared(tree)
+    assert made(tree) == [train.cache]
 
 
 def test_a_run_decodes_once(command, tree, tmp_path, capsys):
