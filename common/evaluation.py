@@ -93,6 +93,7 @@ def predict(
     size is what the network was trained on: the picture goes in with as many pixels and its own
     aspect ratio; None: as it is. The prediction has the picture's own size.
     """
+    # Unlike those of a data set: no label has to fit it.
     picture = ImageOps.exif_transpose(read_image(path))
     own = inside = (picture.height, picture.width)
     if size is not None:

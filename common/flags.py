@@ -54,7 +54,10 @@ def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = N
         source = _newest([Path(folder)] if args.output_dir else numbered(folder))
     if source is not None:
         checkpoint = read_checkpoint(Path(source), method)
-        defaults.update(checkpoint["args"], checkpoint=checkpoint)
+        stored = checkpoint["args"]
+        if given.get("dataset", stored["dataset"]) != stored["dataset"]:
+            stored = {**stored, "data_dir": None}
+        defaults.update(stored, checkpoint=checkpoint)
         recipe, args = _continue(type(recipe), defaults, given)
         folder = args.output_dir or str(Path(source).parent)
     args.output_dir_given, args.source = args.output_dir is not None, source

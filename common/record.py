@@ -26,6 +26,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial_file = path.with_name(path.name + ".partial")
     try:
         write(partial_file)
+        with partial_file.open("rb") as file:  # or a power failure may leave an empty one
+            os.fsync(file.fileno())
         os.replace(partial_file, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter
         partial_file.unlink(missing_ok=True)

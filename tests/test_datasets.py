@@ -45,6 +45,17 @@ def test_size_resizes_the_image_antialiased_and_the_label_by_nearest(camvid):
     assert set(label.unique().tolist()) <= {*range(11), 255}
 
 
+def test_a_photograph_is_turned_no_more_than_its_label(folder):
+    path = folder / "images/train/street 2.jpg"
+    upright = np.asarray(Image.open(path))
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: a quarter turn
+    Image.open(path).save(path, exif=exif, quality=100, subsampling=0)
+    image, label = open_dataset("folder", folder).train[2]
+    assert image.shape[1:] == label.shape == upright.shape[:2]
+    assert np.abs(image.movedim(0, 2).numpy() - upright.astype(int)).max() < 30
+
+
 @pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason="the real CamVid is not here")
 def test_the_real_camvid():
     data = open_dataset("camvid", REAL_CAMVID)

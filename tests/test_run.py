@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import classmix
-from common import evaluation, run
+from common import evaluation, record, run
 from common.datasets import open_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -406,6 +406,24 @@ def test_full_resolution_and_the_headline(command, camvid, tmp_path, monkeypatch
         command("classmix", "--predict", tmp_path / "run/last.pt", picture, "--out", tmp_path)
     student = torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]["student"]
     assert torch.equal(loaded[0].state_dict()["conv1.weight"], student["conv1.weight"])
+
+
+def test_another_data_set_is_not_looked_for_in_the_folder_of_the_first(
+    command, camvid, tmp_path, monkeypatch
+):
+    weights_after(command, camvid, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    flags = ("--evaluate", tmp_path / "run/last.pt", "--dataset", "bdd100k")
+    status, _, errors = command("classmix", *flags)
+    assert status == 2 and f"--data-dir {Path('data/bdd100k')}: no such folder" in errors
+
+
+def test_what_is_written_atomically_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, sync, move = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("move") or move(*paths))
+    record.write_atomically(tmp_path / "file", lambda path: path.write_text("x"))
+    assert calls == ["sync", "move"] and (tmp_path / "file").read_text() == "x"
 
 
 def test_predictions_never_overwrite_a_picture(command, camvid, tmp_path):
