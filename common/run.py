@@ -6,9 +6,8 @@ around its networks and goes through steps().
 
 import argparse
 import json
-import os
 import platform
-import re
+import shlex
 import signal
 import sys
 import time
@@ -24,10 +23,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError
+from common import InputError, is_first_to
 from common.datasets import Batches, Data, endless
 from common.deeplab import Loaded
 from common.evaluation import (
@@ -39,6 +37,17 @@ from common.evaluation import (
     score,
 )
 from common.flags import numbered, parse_args
+from common.processes import (
+    SIGNALS,
+    agree,
+    ending,
+    is_first_here,
+    join,
+    launcher,
+    leave,
+    meet,
+    stop,
+)
 from common.record import commit, peak_memory, summary_writer, write_atomically
 
 
@@ -48,46 +57,17 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     network(recipe, num_classes, pretrained) builds what train(recipe, args) trains. preset: see
     parse_args. A user's mistake ends in one line on stderr and status 2.
     """
-    try:
+    with ending(method):
+        meet()
         recipe, args = parse_args(method, doc, recipes, preset)
-        if args.processes > 1:
-            _join(args)
-        if args.evaluate is not None:
-            evaluate_checkpoint(recipe, args, network)
-        elif args.predict is not None:
-            predict_pictures(recipe, args, network)
-        else:
+        if args.evaluate is None and args.predict is None:
+            if args.processes > 1:
+                join(args)
             train(recipe, args)
-    except InputError as error:
-        # A loader process wraps the message in a traceback, whose last line it is.
-        line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
-        print(f"{method}.py: {line}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"{method}.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except RuntimeError as error:
-        if not dist.is_initialized() or not _LOST.search(str(error)):
-            raise
-        print(f"{method}.py: another process is gone; --resume auto goes on", file=sys.stderr)
-        os._exit(1)  # the process group cannot be left in an orderly way any more
-
-
-def _join(args: argparse.Namespace) -> None:
-    """Meet the other processes that torchrun started; only the first one prints progress."""
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
-    backend = "nccl" if args.device.type == "cuda" else "gloo"
-    store, rank, size = next(rendezvous("env://"))
-    # The store outlives a restart; under the old names the new processes would meet the dead.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    # The others wait while the first one evaluates or makes the cache.
-    wait = timedelta(hours=3)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-    if args.rank > 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave()
+        elif args.rank == 0:  # one process is enough
+            run = predict_pictures if args.evaluate is None else evaluate_checkpoint
+            run(recipe, args, network)
 
 
 def check_recipe(recipe, args: argparse.Namespace, *, smallest_share: int = 2) -> None:
@@ -105,10 +85,6 @@ def check_recipe(recipe, args: argparse.Namespace, *, smallest_share: int = 2) -
         raise InputError("--batch-size: a share of one image has no other to be mixed with")
     if getattr(recipe, "warmup", 0) >= recipe.iterations:
         raise InputError(f"--warmup {recipe.warmup}: no iteration is left for unlabeled images")
-
-
-# What gloo and NCCL say when the other side of a connection has died.
-_LOST = re.compile("connection|closed by peer|reset by peer|broken pipe|nccl", re.IGNORECASE)
 
 
 class Run:
@@ -139,7 +115,7 @@ class Run:
         self.means: dict[str, tuple[Tensor, int]] = {}  # sum and count
         if args.checkpoint is not None:
             self._restore(args.checkpoint)
-        self.iteration, self.began, self.signal = self.start, self.seconds, None
+        self.iteration, self.began, self.signal = self.start, self.seconds, 0
         board = summary_writer() if args.tensorboard else None
         self.folder = self._make_folder()
         self.board = board(self.folder) if board and self.first else None
@@ -166,12 +142,18 @@ class Run:
     ) -> list[Iterator]:
         """Endless labeled and unlabeled batches; the latter, of streams orders, after warmup."""
         args, batches = self.args, []
-        if self.first:  # makes the cache once, for all processes
+        if is_first_here():
             self.data.train.prepare()
+<<<<<<< HEAD
         if args.processes > 1:
             dist.barrier()
         for stream in range(1 + streams):
             indices = self.split[min(stream, 1)]
+=======
+        agree()
+        self.data.train.prepare(build=False)
+        for stream, indices in enumerate(self.split):
+>>>>>>> ee6d42d (Several processes stop at the same step, say one line, evaluate once, resume with the right means; signals before the first step)
             what = (self.data.train, indices, batch_size, transform, args.seed, stream)
             drawn = Batches(*what, part=args.rank, parts=args.processes)
             start = max(self.start, warmup if stream else 0)
@@ -206,21 +188,19 @@ class Run:
         if self.start >= last:
             print(f"finished already: {self.folder / 'result.json'}")
             return
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
-        try:
-            for done in range(self.start + 1, last + 1):
-                self.iteration = done - 1
-                yield self.iteration
-                if done % self.log_every == 0:
-                    self._progress(done)
-                if done % self.save_every == 0 or done == last or self.signal:
-                    self._save(done)
-                if self.signal and done < last:
-                    self._leave(done)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        for done in range(self.start + 1, last + 1):
+            self.iteration = done - 1
+            yield self.iteration
+            if done % self.log_every == 0:
+                self._progress(done)
+            number = agree(self.signal)  # it may have reached one process only, or them apart
+            if done % self.save_every == 0 or done == last or number:
+                self._save(done)
+            if number and done < last:
+                self._leave(done, number)
 
     def log(self, **values: Tensor) -> None:
         """Add scalars of this step to the means of the next progress line; waits for nothing."""
@@ -271,8 +251,7 @@ class Run:
         if not self.means:  # printed already
             return
         self._tick()
-        for total, _ in self.means.values() if self.args.processes > 1 else ():
-            dist.all_reduce(total.div_(self.args.processes))
+        self._average_means()
         self._check_finite(done)
         means = {name: (total / count).item() for name, (total, count) in self.means.items()}
         self.means = {}
@@ -288,6 +267,11 @@ class Run:
         progress = f"[{done}/{self.recipe.iterations}] {values}{miou}"
         print(f"{progress}  {rate:.2f} steps/s  {left} left  {memory}", flush=True)
 
+    def _average_means(self) -> None:
+        """Over the processes, in all of them: a checkpoint keeps the first one's."""
+        for total, _ in self.means.values() if self.args.processes > 1 else ():
+            dist.all_reduce(total.div_(self.args.processes))
+
     def _check_finite(self, done: int) -> None:
         values = {name: total for name, (total, _) in self.means.items()}
         values.update(self.state["student"].named_parameters())
@@ -300,6 +284,7 @@ class Run:
 
     def _save(self, done: int) -> None:
         self._tick()
+        self._average_means()
         self._check_finite(done)
         if not self.first:
             return
@@ -396,13 +381,17 @@ class Run:
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
-    def _leave(self, done: int) -> None:
-        stopped = f"stopped by {signal.Signals(self.signal).name} after iteration {done}"
-        command = f"python {self.args.method}.py --resume {self.folder / 'last.pt'}"
-        print(f"{stopped}; go on with {command}", file=sys.stderr)
-        sys.exit(128 + self.signal)
+    def _leave(self, done: int, number: int) -> None:
+        if self.first and is_first_to("end"):
+            script = f"{self.args.method}.py"
+            stopped = f"{script}: stopped by {signal.Signals(number).name} after iteration {done}"
+            command = f"{launcher()} {script} --resume {shlex.quote(str(self.folder / 'last.pt'))}"
+            print(f"{stopped}; go on with {command}", file=sys.stderr, flush=True)
+        agree()  # wait for the checkpoint: when one process has left torchrun kills the others
+        leave()
+        sys.exit(128 + number)
 
-    def _on_signal(self, number: int, _) -> None:
-        if self.signal:  # asked twice: at once
-            sys.exit(128 + number)
+    def _on_signal(self, number: int, frame) -> None:
+        if self.signal and self.args.processes == 1:  # asked twice: at once; torchrun repeats it
+            stop(number, frame)
         self.signal = number

@@ -1,5 +1,6 @@
 """Small data sets on disk and a way to run a method file's command line in this process."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -122,11 +123,14 @@ def command(monkeypatch, capsys):
     def call(method: str, *argv) -> tuple[int, str, str]:
         module = __import__(method)
         monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, argv)])
-        status = 0
+        status, handlers = 0, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             module.main()
         except SystemExit as stop:
             status = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out = capsys.readouterr()
         return status, out.out, out.err
 

@@ -6,10 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from conftest import write_cityscapes
+
+from common import InputError, processes
+from common import run as run_module
 
 ROOT = Path(__file__).parents[1]
 TINY = """--dataset camvid --labeled 4 --size 48 64 --weights none --layers 1 1 1 1 --width 4
@@ -17,15 +23,22 @@ TINY = """--dataset camvid --labeled 4 --size 48 64 --weights none --layers 1 1 
 --warmup 2 --extra-augmentations --eval-every 6"""
 
 
-def start(processes: int, *argv, restarts: int = 0) -> subprocess.Popen:
+def start(processes: int, *argv, restarts=0, script=ROOT / "classmix.py", tiny=TINY):
+    """One run, by torchrun where it has several processes: a Popen with pipes."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [f"--max-restarts={restarts}"]
-    command += [ROOT / "classmix.py", *TINY.split(), *argv]
+    command += [script, *tiny.split(), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*map(str, command)], env=env, text=True, **pipes)
+
+
+def lines_of_ours(errors: str) -> list[str]:
+    """Those on stderr that are neither torchrun's nor about the size of the data set."""
+    ours = [line for line in errors.splitlines() if line.startswith(("classmix.py: ", "warning: "))]
+    return [line for line in ours if not line.startswith("warning: --data-dir")]
 
 
 def test_two_processes_equal_one_that_accumulates_two_shares(camvid, tmp_path):
@@ -50,12 +63,16 @@ def test_two_processes_equal_one_that_accumulates_two_shares(camvid, tmp_path):
         for name, tensor in states[0][network].items():
             if "running" not in name and "num_batches" not in name:
                 torch.testing.assert_close(tensor, states[1][network][name], rtol=1e-3, atol=1e-4)
+    run = start(2, "--evaluate", tmp_path / "two/last.pt", tiny="")
+    table, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and table.count("mIoU") == 1 and errors.count("warning: ") == 1
 
 
 def test_a_share_too_small_to_mix_is_refused(camvid, tmp_path):
     run = start(2, "--data-dir", camvid, "--batch-size", 2, "--output-dir", tmp_path / "run")
     _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0 and "no other to be mixed with" in errors
+    (line,) = lines_of_ours(errors)
+    assert run.returncode != 0 and "no other to be mixed with" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -66,6 +83,96 @@ def kill_one(run: subprocess.Popen, checkpoint: Path) -> None:
         time.sleep(0.1)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
+
+
+STOPPED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import classmix
+from common import run
+save, log = run.Run._save, run.Run.log
+def log_and_stop(self, **values):
+    if (self.iteration, self.args.rank) == (12, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    log(self, **values)
+def save_slowly(self, done):
+    if self.first and done == 13:
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun would repeat it
+    save(self, done)
+run.Run.log, run.Run._save = log_and_stop, save_slowly
+classmix.main()
+"""
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(camvid, tmp_path):
+    script, folder = tmp_path / "stopped.py", tmp_path / "a run"
+    script.write_text(STOPPED)
+    argv = ("--data-dir", camvid, "--iterations", 20, "--eval-every", 20, "--save-every", 20)
+    runs = [
+        start(2, *argv, "--output-dir", tmp_path / "whole"),
+        start(2, *argv, "--output-dir", folder, script=script),
+    ]
+    _, (_, errors) = [run.communicate(timeout=120) for run in runs]
+    assert runs[0].returncode == 0 and runs[1].returncode != 0
+    (line,) = lines_of_ours(errors)
+    command = f"torchrun --nproc-per-node 2 classmix.py --resume '{folder}/last.pt'"
+    assert line == f"classmix.py: stopped by SIGTERM after iteration 13; go on with {command}"
+    run = start(2, "--resume", folder / "last.pt", tiny="")
+    printed, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and "resumed at iteration 13" in printed, errors
+    logs = []
+    for place in (tmp_path / "whole", folder):
+        lines = map(json.loads, (place / "log.jsonl").read_text().splitlines())
+        logs.append([entry for entry in lines if "loss_l" in entry])
+    assert [entry["iteration"] for entry in logs[0]] == [10, 20] and len(logs[1]) == 2
+    for one, two in zip(*logs, strict=True):
+        for name in ("loss_l", "loss_u", "lambda"):
+            assert one[name] == pytest.approx(two[name], rel=1e-6)
+
+
+def test_several_processes_warn_once_and_fail_once(tmp_path):
+    write_cityscapes(tmp_path, train=4, val=1, size=(1024, 1024), parents=False)
+    (tmp_path / ".cache-48x64").write_text("a file")
+    for path in tmp_path.rglob("traina*_leftImg8bit.png"):
+        path.write_bytes(path.read_bytes()[:9000])
+    argv = ("--dataset", "cityscapes", "--data-dir", tmp_path, "--labeled", "1.0")
+    run = start(2, *argv, "--output-dir", tmp_path / "run")
+    _, errors = run.communicate(timeout=120)
+    warning, line = lines_of_ours(errors)
+    assert warning.startswith("warning: no cache") and errors.count("warning: --data-dir") == 1
+    assert line.startswith("classmix.py: ") and "_leftImg8bit.png: a damaged file" in line
+
+
+def test_what_hinders_the_processes_from_meeting_is_one_line(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, printed, errors = command("classmix")
+    assert (status, printed) == (2, "") and errors.count("\n") == 1 and "RANK" in errors
+
+
+def test_an_error_of_the_first_common_operation_is_one_line(monkeypatch):
+    dist = mock.MagicMock()
+    dist.all_reduce.side_effect = RuntimeError("NCCL: two processes on one GPU\nmore")
+    monkeypatch.setattr(processes, "dist", dist)
+    args = Namespace(device=torch.device("cpu"), rank=0, processes=2)
+    with pytest.raises(InputError, match=r"^cannot meet the other processes: NCCL.* GPU$"):
+        processes.join(args)
+
+
+class Swallows:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_swallows_comes_again(command, monkeypatch, capsys):
+    def parse(*_):
+        Swallows()
+        time.sleep(60)
+
+    monkeypatch.setattr(processes, "_AGAIN", 0.1)
+    monkeypatch.setattr(run_module, "parse_args", parse)
+    status, _, errors = command("classmix")
+    assert status == 128 + signal.SIGTERM and errors == "classmix.py: stopped by SIGTERM\n"
 
 
 def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(camvid, tmp_path):
@@ -86,7 +193,8 @@ def test_a_killed_process_ends_the_others_and_auto_resumes(camvid, tmp_path):
     run = start(2, *argv)
     kill_one(run, tmp_path / "run/last.pt")
     _, errors = run.communicate(timeout=60)
-    assert run.returncode != 0 and "--resume auto" in errors
+    (line,) = lines_of_ours(errors)
+    assert run.returncode != 0 and "--resume auto" in line
     stopped = torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"]
     again = start(2, *argv)
     line = ""
