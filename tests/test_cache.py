@@ -268,13 +268,15 @@ def test_what_a_killed_build_leaves_is_removed(tree):
     assert made(tree) == [train.cache]
 
 
-def test_a_run_decodes_once(command, tree, tmp_path, capsys):
+def test_a_run_decodes_once_a_machine(command, tree, tmp_path, monkeypatch):
     args = ("--dataset", "cityscapes", "--data-dir", tree, "--labeled", 1, *SMALL)
     args += ("--size", *SIZE, "--iterations", 2, "--workers", 1)
-    for k in range(2):
+    # The first process of all decodes the validation images, of its machine the training images.
+    for k, (local_rank, decoded) in enumerate([(1, 1), (0, 1), (1, 0)]):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         status, printed, errors = command("classmix", *args, "--output-dir", tmp_path / f"{k}")
-        assert (status, errors) == (0, "") and printed.count("decoding") == 2 * (k == 0)
-    same_state(tmp_path / "0", tmp_path / "1")
+        assert (status, errors) == (0, "") and printed.count("decoding") == decoded
+    same_state(tmp_path / "0", tmp_path / "2")
     path = next(tree.rglob("traina_000001*_leftImg8bit.png"))
     path.write_bytes(path.read_bytes()[:9000])
     status, _, errors = command("classmix", *args, "--output-dir", tmp_path / "bad")
