@@ -66,14 +66,15 @@ class Images(Dataset):
         self.cache_dir, self.cache = cache_dir if resized and large else None, None
 
     def prepare(self, *, build: bool = True) -> None:
-        """Use the cache; build: decode large images that are to be resized, with all cores."""
+        """Use the cache; build: decode large images that are to be resized if it is not there."""
         if self.cache_dir is None:
             return
         sources = [path for pair in self.files for path in pair if path is not None]
         settings = (self.size, self.label_table.tolist())
         place = self.cache_dir / cache.key(self.cache_dir, sources, settings)
-        workers = min(os.cpu_count() or 1, len(self))
-        # Its workers end themselves when this process is killed.
+        # More would not fit in the 64 MB of shared memory that containers have by default.
+        workers = min(8, os.cpu_count() or 1, len(self))
+        # They end themselves when this process is killed, unlike those of a process pool.
         items = DataLoader(self, None, num_workers=workers, worker_init_fn=start_worker)
         there = cache.build(place, len(self), items) if build else cache.is_sound(place)
         self.cache = place if there else None
