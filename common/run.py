@@ -144,16 +144,10 @@ class Run:
         args, batches = self.args, []
         if is_first_here():
             self.data.train.prepare()
-<<<<<<< HEAD
-        if args.processes > 1:
-            dist.barrier()
-        for stream in range(1 + streams):
-            indices = self.split[min(stream, 1)]
-=======
         agree()
         self.data.train.prepare(build=False)
-        for stream, indices in enumerate(self.split):
->>>>>>> ee6d42d (Several processes stop at the same step, say one line, evaluate once, resume with the right means; signals before the first step)
+        for stream in range(1 + streams):
+            indices = self.split[min(stream, 1)]
             what = (self.data.train, indices, batch_size, transform, args.seed, stream)
             drawn = Batches(*what, part=args.rank, parts=args.processes)
             start = max(self.start, warmup if stream else 0)
