@@ -328,7 +328,6 @@ class UNet(SegmentationResNet):
     """
 
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    head = ("decoder.", "classifier.")
 
     def __init__(self, num_classes: int, *, layers=(3, 4, 6, 3), width=64, batch_norm="frozen"):
         shape = {"strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1), "caffe": False}

@@ -36,7 +36,6 @@ class SegmentationResNet(nn.Module):
     """
 
     imagenet: torchvision.models.WeightsEnum  # torchvision's weights of the same ResNet
-    head: tuple[str, ...]  # beginnings of the names of parameters that are not the ResNet's
 
     def __init__(self, layers, width, *, strides, dilations, caffe: bool, batch_norm: str):
         super().__init__()
@@ -93,8 +92,8 @@ class SegmentationResNet(nn.Module):
     def parameter_groups(self, lr: float, head_factor: float) -> list[dict]:
         """Trainable ResNet parameters at lr, all others at head_factor * lr, each once."""
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        head = [p for name, p in named if name.startswith(self.head)]
-        trunk = [p for name, p in named if not name.startswith(self.head)]
+        head = [p for name, p in named if not re.match(BACKBONE, name)]
+        trunk = [p for name, p in named if re.match(BACKBONE, name)]
         return [{"params": trunk, "lr": lr}, {"params": head, "lr": head_factor * lr}]
 
 
@@ -118,7 +117,6 @@ class DeepLabV2(SegmentationResNet):
     """
 
     imagenet = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
-    head = ("classifiers.",)
 
     def __init__(
         self,

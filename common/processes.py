@@ -69,6 +69,7 @@ def _ignore_signals() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain of ended loader workers
 
 
 def meet() -> None:

@@ -18,6 +18,7 @@ from common import run
 from common.deeplab import load_weights
 from cowmix import box_mask, cow_mask, warp, warp_grid, warp_label
 
+HEADS = ("decoder.", "classifier.")  # of the U-Net
 KINDS = ("cowmix", "cowout", "cutmix", "cutout", "ict", "aug")
 GREY = torch.full((3, 1, 1), 0.5)
 
@@ -366,10 +367,10 @@ def test_unet_has_table_4_s_parameters(num_classes, decoder):
         resnet = torchvision.models.resnet50()
     counts = {True: 0, False: 0}
     for name, parameter in network.named_parameters():
-        counts[name.startswith(network.head)] += parameter.numel()
+        counts[name.startswith(HEADS)] += parameter.numel()
         assert parameter.requires_grad
     assert counts == {True: decoder, False: 23_508_032}
-    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.startswith(network.head)}
+    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.startswith(HEADS)}
     expected = {k: v.shape for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
     assert {k: v for k, v in shapes.items() if k not in ("mean", "std")} == expected
     trunk, head = network.parameter_groups(0.5, 3.0)
@@ -442,7 +443,7 @@ def test_unet_loads_weights_by_torchvision_s_names(unet, tmp_path, monkeypatch):
     loaded = load_weights(unet, tmp_path / "resnet.pth")
     assert "torchvision" in loaded.kind and loaded.unused == ["fc.weight"]
     assert all(torch.equal(unet.state_dict()[k], v) for k, v in state.items())
-    assert all(k.startswith(unet.head) for k in loaded.missing)
+    assert all(k.startswith(HEADS) for k in loaded.missing)
     asked = []
     weights = type(cowmix.UNet.imagenet)
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: asked.append(self) or state)

@@ -347,7 +347,7 @@ def test_each_layout_trains_and_is_evaluated(
     for flag in ((), ("--full-resolution",)):
         status, printed, errors = command("classmix", "--evaluate", out / "last.pt", *flag)
         assert (status, errors) == (0, "") and class_name in printed and "mIoU" in printed
-    assert "2 validation images, labels at their own size" in printed
+    assert "2 val images, labels at their own size" in printed
     shutil.rmtree(sorted(data.iterdir())[0])
     status, _, errors = command("classmix", *args, "--iterations", 2, "--output-dir", out / "b")
     assert status == 2 and errors.count("\n") == 1 and errors.startswith("classmix.py: ")
