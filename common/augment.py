@@ -1,5 +1,6 @@
 """Random changes of images, on top of torchvision.transforms.v2, repeatable for a seed."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -7,7 +8,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from common import InputError
 
@@ -20,20 +21,32 @@ def _seeded(transform: Callable, seed: int, *inputs):
 
 
 def scale_crop_flip(
-    *, scale_range: tuple, crop: tuple | None, flip: bool, mean: Tensor
+    *,
+    scale_range: tuple = (1.0, 1.0),
+    scales: tuple = (1.0,),
+    rotation: int = 0,
+    crop: tuple | None,
+    flip: bool,
+    mean: Tensor,
 ) -> Callable:
     """A loader's transform(seed, image, label): uint8 (3,H,W), (H,W) -> the same, changed alike.
 
-    The scale is uniform in scale_range, the place of the crop (height, width) too; where an image
-    is smaller than the crop, it is padded with mean, (3,1,1) in [0,1], and void (255).
+    The scale is uniform in scale_range, or one of scales; rotation by whole degrees up to rotation
+    either way leaves black corners, void in the label; the place of the crop (height, width) is
+    uniform; where an image is smaller than it, it is padded with mean, (3,1,1) in [0,1], and void.
     """
     color = [round(255 * value) for value in mean.flatten().tolist()]
     fill = {tv_tensors.Image: color, tv_tensors.Mask: 255}
     steps = [_typed]
-    if scale_range != (1.0, 1.0) and crop is None:
-        raise InputError("--scale-range: needs --crop, as scaled images differ in size")
+    for flag, off in (("--scale-range", scale_range == (1.0, 1.0)), ("--scales", scales == (1.0,))):
+        if not off and crop is None:
+            raise InputError(f"{flag}: needs --crop, as scaled images differ in size")
     if scale_range != (1.0, 1.0):
         steps.append(partial(_scale, scale_range=scale_range))
+    if scales != (1.0,):
+        steps.append(partial(_scale_to_one_of, scales=scales))
+    if rotation > 0:
+        steps.append(partial(_rotate, degrees=rotation))
     if crop is not None:
         steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
     if flip:
@@ -46,9 +59,24 @@ def _typed(image: Tensor, label: Tensor):
 
 
 def _scale(image: Tensor, label: Tensor, scale_range: tuple[float, float]):
-    scale = torch.empty(()).uniform_(*scale_range).item()
+    return _resize(image, label, torch.empty(()).uniform_(*scale_range).item())
+
+
+def _scale_to_one_of(image: Tensor, label: Tensor, scales: tuple[float, ...]):
+    return _resize(image, label, scales[torch.randint(len(scales), ()).item()])
+
+
+def _resize(image: Tensor, label: Tensor, scale: float):
     size = [max(1, round(scale * n)) for n in label.shape[-2:]]
     return TF.resize(image, size, antialias=True), TF.resize(label, size)
+
+
+def _rotate(image: Tensor, label: Tensor, degrees: int):
+    """About the centre, the image bilinearly; corners become black and void."""
+    angle = torch.randint(-degrees, degrees + 1, ()).item()
+    if angle == 0:
+        return image, label
+    return TF.rotate(image, angle, InterpolationMode.BILINEAR), TF.rotate(label, angle, fill=[255])
 
 
 def jitter_and_blur(
@@ -63,3 +91,65 @@ def jitter_and_blur(
     color = v2.RandomApply([v2.ColorJitter(*[jitter] * 3, min(jitter, 0.5))], jitter_probability)
     change = v2.Compose([color, v2.RandomApply([v2.GaussianBlur(kernel, sigma)], blur_probability)])
     return partial(_seeded, lambda image: torch.stack([change(single) for single in image]))
+
+
+def jitter_and_randaugment(
+    jitter: float, hue: float, *, operations: int, probability: float, magnitude: float
+) -> Callable:
+    """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then RandAugment's ten.
+
+    jitter is torchvision's strength of brightness, contrast and saturation. Each image draws its
+    operations from the colour ones below, with replacement; each is done with probability, at a magnitude
+    normal around the one given (standard deviation 0.5), within 0 and 10. 8-bit, as with PIL.
+    """
+    color = v2.ColorJitter(jitter, jitter, jitter, hue)
+    draw = partial(
+        _draw_operations, operations=operations, probability=probability, magnitude=magnitude
+    )
+
+    def change(image: Tensor) -> Tensor:
+        image = torch.stack([color(single) for single in image.mul(255).round().byte()])
+        for drawn in zip(*(draw() for _ in image), strict=True):  # each image's first, second, ...
+            rows_of = defaultdict(list)
+            for row, operation in enumerate(drawn):
+                if operation is not None:
+                    rows_of[operation].append(row)
+            for (name, level), rows in rows_of.items():  # alike ones in one call
+                image[rows] = OPERATIONS[name](image[rows], level)
+        return image.float().div(255)
+
+    return partial(_seeded, change)
+
+
+def _draw_operations(operations: int, probability: float, magnitude: float) -> list:
+    """An image's operations, each its name and magnitude in [0,1] (0 without one), or None."""
+    drawn = []
+    for _ in range(operations):
+        name = list(OPERATIONS)[torch.randint(len(OPERATIONS), ()).item()]
+        level = min(max(magnitude + 0.5 * torch.randn(()).item(), 0.0), 10.0) / 10
+        level = 0.0 if name in ("auto-contrast", "equalize", "invert") else level
+        drawn.append((name, level) if torch.rand(()).item() < probability else None)
+    return drawn
+
+
+def _solarize(image: Tensor, level: float) -> Tensor:
+    return torch.where(image >= int(256 * level), 255 - image, image)
+
+
+def _solarize_add(image: Tensor, level: float) -> Tensor:
+    return torch.where(image < 128, image + int(110 * level), image)
+
+
+# Colour operations of RandAugment (Cubuk et al. 2020) by name: uint8 (B,3,H,W), r in [0,1] -> same.
+OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "auto-contrast": lambda image, _: TF.autocontrast(image),
+    "equalize": lambda image, _: TF.equalize(image),
+    "invert": lambda image, _: TF.invert(image),
+    "posterize": lambda image, r: TF.posterize(image, int(4 * r)),  # bits kept
+    "solarize": _solarize,
+    "solarize-add": _solarize_add,
+    "color": lambda image, r: TF.adjust_saturation(image, 1.8 * r + 0.1),
+    "contrast": lambda image, r: TF.adjust_contrast(image, 1.8 * r + 0.1),
+    "brightness": lambda image, r: TF.adjust_brightness(image, 1.8 * r + 0.1),
+    "sharpness": lambda image, r: TF.adjust_sharpness(image, 1.8 * r + 0.1),
+}

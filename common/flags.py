@@ -165,7 +165,8 @@ def _override(recipe, defaults: dict, given: dict):
     others = {name: value for name, value in given.items() if name not in changes}
     if changes.get("size") and recipe.size is None and "crop" not in changes:
         # Images that are resized as a whole are not cropped as those of many sizes are.
-        changes = {"crop": None, "scale_range": (1.0, 1.0), **changes}
+        off = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,)}
+        changes = {**{k: v for k, v in off.items() if hasattr(recipe, k)}, **changes}
     for name, value in changes.items():
         if isinstance(value, tuple) and isinstance(value[0], float) and value[0] > value[-1]:
             raise InputError(f"--{name.replace('_', '-')}: {value[0]} is above {value[-1]}")
