@@ -9,36 +9,34 @@ sets are drawn together within a class and pushed apart between classes.
     box_mask, mix, cut_mix               equation 4 (section 3.2), both complements
     sample_pixels, contrast_loss         section 3.3
     ConfidentRegions                     equation 6 (section 3.4)
-    c3_loss, loss_weights                the terms of equation 7 and their weights (section 4.1)
-    scale_crop_flip, jitter_and_randaugment (common/augment.py)    section 3.2: A, A-hat
+    c3_loss, loss_weights                terms of equation 7 and their weights (section 4.1)
+    scale_crop_flip, randaugment         section 3.2: A, A-hat
 
-Where the paper is silent or its published code (which cannot run) differs; with a flag each:
-- L_consist is averaged over the K classes too, as in the code: lambda_1 = 50 is 2.63 in equation
-  2's units, 50 / 19 (to the letter: --consistency-weight 950). The code has L_contrast times
+Where the paper is silent or its published code (which cannot run) differs; each has a flag:
+- L_consist is averaged over the K classes too, as in the code: lambda_1 = 50 is 2.63 = 50 / 19 in
+  equation 2's units (to the letter: --consistency-weight 950). The code multiplies L_contrast by
   temperature / 0.1: lambda_2 = 0.1 is 0.15 in equation 5's units (paper: --contrast-weight 0.1);
 - averages are over the pixels of a group, as in the code (equations 1, 2: --average image);
 - equation 5's labeled embeddings are the student's, detached, as in the code and figure 1 (to the
-  letter: --contrast-labeled teacher); P_i leaves out i itself;
-- road, class 0, is contrasted; the code's sampling loses it (--no-contrast-road);
-- the code's optimizer holds the backbone three times over at a tenth of the rate, which is near
-  --backbone-factor 0.3, the default; 0.1 was meant, the paper has one rate (1.0);
+  letter: --contrast-labeled teacher); P_i leaves out i; road counts (code: --no-contrast-road);
+- the code's optimizer holds the backbone three times over at a tenth of the rate: about that is
+  the default 0.3 (meant: --backbone-factor 0.1, the paper has one rate: 1.0);
 - four classifier branches as in DeepLab-v2; the code sums two (--aspp-rates 6 12);
 - ten epochs of warm-up are 2500 steps (code: --warmup 2250). As in the code, labeled pixels are
   contrasted in it, student with student, and lambda_2 ramps up from its start;
 - images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size).
-Without a flag: rotation, by whole degrees, is before the crop (code: after it for labeled images);
-its black corners stay in L_consist; --keep 1 switches DCRS off, BDD100K is scaled and has
-RandAugment, no labeled image is used unlabeled, alpha is 0.99 from the start (code: not so).
-As in the code: no weight decay, the teacher's update before the forward pass, frozen batch norm,
-student evaluated. With --weights none batch norm learns; student and teacher take batch statistics.
-Table 3: --supervised, --consistency-weight 0, --contrast none. "Full" of table 1: --labeled 1.0.
+Without a flag: rotation, by whole degrees, is before the crop (code: after it for labeled images)
+and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K is scaled and has RandAugment,
+labeled images are not used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no
+weight decay, teacher updated before the forward pass, batch norm frozen (with --weights none: each
+batch's statistics in both networks, trained), student evaluated. Table 3: --supervised,
+--consistency-weight 0, --contrast none; "Full" of table 1: --labeled 1.0.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 """
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -48,13 +46,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import InputError, run
-from common.augment import jitter_and_randaugment, scale_crop_flip
+from common import run
+from common.augment import randaugment, scale_crop_flip
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
 from common.ema import make_teacher, update_teacher
-
-View = Literal["weak", "jitter", "strong"]  # W, S and S+R of table 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +71,8 @@ class Recipe:
     lr_power: float = 0.9  # lr * (1 - iteration / iterations) ** lr_power (4.1)
     ema_decay: float = 0.99  # alpha (4.1)
     mixing: Literal["cross", "intra", "none"] = "cross"  # sets mixed by CutMix; table 6
-    teacher_view: View = "weak"  # colours; table 5
-    student_view: View = "strong"  # of unlabeled images; table 5
+    teacher_view: Literal["weak", "jitter", "strong"] = "weak"  # W, S, S+R of table 5
+    student_view: Literal["weak", "jitter", "strong"] = "strong"  # of unlabeled images; table 5
     jitter: float = 0.5  # brightness, contrast, saturation (code)
     hue: float = 0.25  # of the jitter (code)
     operations: int = 2  # of RandAugment drawn for an image (code)
@@ -104,15 +100,14 @@ class Recipe:
 
 BDD100K = replace(Recipe(), size=(720, 1280), scales=(0.75, 1.0, 1.25), crop=(512, 512))
 SMALL = replace(Recipe(), size=(64, 128), crop=None, layers=(1, 1, 1, 1), width=16, embedding=64)
-ADAM = replace(SMALL, aspp_rates=(1, 2), lr=6e-3, backbone_factor=1.0, per_class=8)
-# Not in the paper: camvid (Cityscapes' recipe, whole images), folder (BDD100K's), streets.
+ADAM = replace(SMALL, aspp_rates=(1, 2), lr=6e-3, backbone_factor=1.0, contrast_ramp=20)
 RECIPES = {
     "cityscapes": Recipe(),
     # 16 images a step on 4 GPUs are groups of 2 + 2; ten epochs of 500 steps (code).
     "bdd100k": replace(BDD100K, batch_size=8, group_size=2, iterations=20_000, warmup=5_000),
-    "camvid": replace(Recipe(), size=(360, 480), crop=None),
-    "folder": replace(BDD100K, size=None, crop=(320, 320)),
-    "streets": replace(ADAM, batch_size=4, iterations=2_000, warmup=300, consistency_ramp=320, contrast_ramp=20),
+    "camvid": replace(Recipe(), size=(360, 480), crop=None),  # not in the paper
+    "folder": replace(BDD100K, size=None, crop=(320, 320)),  # not in the paper, as streets
+    "streets": replace(ADAM, batch_size=4, iterations=2_000, warmup=300, consistency_ramp=320),
 }
 
 
@@ -120,10 +115,7 @@ RECIPES = {
 
 
 def masked_mean(values: Tensor, mask: Tensor, average: str) -> Tensor:
-    """Mean where mask, over the batch ("pixel") or in each "image" first: (B,H,W) -> scalar.
-
-    0 where nothing is left.
-    """
+    """Mean where mask, of the batch's pixels ("pixel") or "image" by image: (B,H,W) -> scalar."""
     dims = (1, 2) if average == "image" else (0, 1, 2)
     return ((values * mask).sum(dims) / mask.sum(dims).clamp(min=1)).mean()
 
@@ -134,21 +126,18 @@ def supervised_loss(logits: Tensor, label: Tensor, average: str = "pixel") -> Te
     return masked_mean(loss, label != 255, average)
 
 
-def consistency_loss(
-    logits: Tensor, prob: Tensor, confident: Tensor, average: str = "pixel"
-) -> Tensor:
-    """Cross entropy with soft labels over K (eq. 2): (B,K,H,W) twice, (B,H,W) bool -> scalar."""
+def consistency_loss(logits: Tensor, prob: Tensor, mask: Tensor, average="pixel") -> Tensor:
+    """Soft cross entropy over K (eq. 2): (B,K,H,W) twice, (B,H,W) bool -> scalar."""
     loss = F.cross_entropy(logits, prob, reduction="none") / logits.shape[1]
-    return masked_mean(loss, confident, average)
+    return masked_mean(loss, mask, average)
 
 
 def pixel_contrast_loss(
     anchor, anchor_label, contrast, contrast_label, temperature=0.15, *, exclude_self=False
 ) -> Tensor:
-    """Pull same classes, push others (eq. 5): (N,D), (N,), (M,D), (M,) -> scalar.
+    """Pull same classes, push others (eq. 5), normalising: (N,D), (N,), (M,D), (M,) -> scalar.
 
-    Pixels labeled 255 do not count. exclude_self: a pixel is not its own positive (N = M). Takes
-    directions of embeddings only; does not detach.
+    Pixels labeled 255 do not count; exclude_self: nor does a pair of equal indices. No detaching.
     """
     similarity = F.normalize(anchor, dim=1) @ F.normalize(contrast, dim=1).T / temperature
     same = anchor_label[:, None] == contrast_label
@@ -163,19 +152,15 @@ def pixel_contrast_loss(
 
 
 def box_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
-    """A box of half of the area in each image (sec. 3.2): (B,*size) bool, True inside.
-
-    The height's share is log-uniform in [1/2, 1], the place uniform.
-    """
+    """A box of half of the area, its height's share log-uniform: (B,*size) bool, True inside."""
     height, width = size
     draw = torch.rand(3, batch, 1, 1, generator=generator, device=device)
     share = 0.5 ** draw[0]
     box_height, box_width = (height * share).round(), (width * 0.5 / share).round()
     top = (draw[1] * (height - box_height + 1)).floor()
     left = (draw[2] * (width - box_width + 1)).floor()
-    row = torch.arange(height, device=device).view(-1, 1)
-    column = torch.arange(width, device=device)
-    inside_rows = (row >= top) & (row < top + box_height)
+    row, column = (torch.arange(n, device=device) for n in size)
+    inside_rows = (row[:, None] >= top) & (row[:, None] < top + box_height)
     return inside_rows & (column >= left) & (column < left + box_width)
 
 
@@ -185,10 +170,7 @@ def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def cut_mix(box: Tensor, batch: Tensor) -> Tensor:
-    """Swap the boxes of images i and n + i (eq. 4): (n,H,W) bool, (2n,C,H,W) -> same.
-
-    Both complements, so that each source pixel is in one of them; undone by itself.
-    """
+    """Swap the boxes of images i and n + i (eq. 4); undoes itself: (n,H,W), (2n,C,H,W) -> same."""
     a, b = batch.chunk(2)
     # m * a + (1 - m) * b and m * b + (1 - m) * a, where m is 0 inside the box
     return torch.cat([mix(box, b, a), mix(box, a, b)])
@@ -200,10 +182,7 @@ def resize_nearest(values: Tensor, size: tuple) -> Tensor:
 
 
 class ProjectionHead(nn.Sequential):
-    """Conv-ReLU-Conv (sec. 4.1), normalised (sec. 3.3): (B,C,h,w) -> float32 (B,D,h,w).
-
-    Pixels do not mix in it: choosing them before or after it is the same.
-    """
+    """Conv-ReLU-Conv (sec. 4.1), normalised (sec. 3.3): (B,C,h,w) -> float32 (B,D,h,w)."""
 
     def __init__(self, in_channels: int, out_channels: int = 256):
         first, second = (nn.Conv2d(n, out_channels, 1) for n in (in_channels, out_channels))
@@ -215,9 +194,7 @@ class ProjectionHead(nn.Sequential):
         return F.normalize(super().forward(features).float(), dim=1)
 
 
-def sample_pixels(
-    label: Tensor, prediction: Tensor, per_class=20, *, num_classes, hard=True, generator=None
-) -> tuple[Tensor, Tensor]:
+def sample_pixels(label, prediction, per_class=20, *, num_classes, hard=True, generator=None):
     """per_class random pixels of each image and class, half of them hard (sec. 3.3).
 
     (B,h,w) int64 twice -> index into the flattened grid, label, both (B*K*per_class,). Hard ones
@@ -243,13 +220,8 @@ def sample_pixels(
     return index.flatten(), torch.where(kept, classes.view(-1, 1), 255).expand_as(slot).flatten()
 
 
-def contrast_loss(
-    embedding: Tensor, contrast: Tensor, label, logits, *, temperature, first_class=0, **sampling
-) -> Tensor:
-    """Eq. 5 at sample_pixels: (B,D,h,w) twice, (B,H,W) int64, (B,K,H,W) -> scalar.
-
-    Classes below first_class are left out.
-    """
+def contrast_loss(embedding, contrast, label, logits, *, temperature, first_class=0, **sampling):
+    """Eq. 5 at sampled pixels: (B,D,h,w) twice, (B,H,W) int64, (B,K,H,W) -> scalar."""
     size, num_classes = embedding.shape[2:], logits.shape[1]
     label = resize_nearest(label, size)
     label = label.masked_fill(label < first_class, 255)
@@ -262,9 +234,7 @@ def contrast_loss(
 class ConfidentRegions(nn.Module):
     """A confidence threshold for each class (sec. 3.4), which about a share keep passes."""
 
-    def __init__(
-        self, num_classes: int, keep: float = 0.8, momentum: float = 0.9, initial: float = 0.9
-    ):
+    def __init__(self, num_classes: int, keep=0.8, momentum=0.9, initial=0.9):
         super().__init__()
         self.keep, self.momentum = keep, momentum
         self.register_buffer("thresholds", torch.full((num_classes,), initial))
@@ -287,64 +257,50 @@ class ConfidentRegions(nn.Module):
 
 
 @torch.no_grad()
-def label_images(teacher: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the teacher says (sec. 3.1): (B,3,H,W) -> (B,K,H,W), (B,H,W) twice, (B,D,h,w).
-
-    Probabilities, their maximum (confidence), where it is (pseudo-label), embeddings.
-    """
+def label_images(teacher: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
+    """(B,3,H,W) -> probabilities (B,K,H,W), confidence and pseudo-label (B,H,W), embedding."""
     logits, embedding = teacher(image)
     prob = logits.softmax(1)
     return prob, *prob.max(1), embedding
 
 
 def draw_pairs(mixing: str, n: int, size: tuple, *, generator=None, device=None):
-    """Order of n labeled, n unlabeled images in which i meets n + i, boxes (n,*size) (table 6).
-
-    "cross": at random; "intra": within each set; "none": with no box.
-    """
+    """Order of n labeled, n unlabeled images where i meets n + i, boxes (n,*size) (table 6)."""
     order = torch.randperm(2 * n, generator=generator, device=device)
-    if mixing == "intra":  # first halves of both sets, second halves
-        order = torch.arange(2 * n, device=device).view(2, 2, -1).transpose(0, 1).flatten()
-    box = box_mask(n, size, generator=generator, device=device)
-    return order, box & (mixing != "none")
+    if mixing == "intra":  # neighbours meet; of an odd n, the last labeled and the first unlabeled
+        order = torch.arange(2 * n, device=device).view(n, 2).T.flatten()
+    return order, box_mask(n, size, generator=generator, device=device) & (mixing != "none")
 
 
-def warmup_loss(student: nn.Module, image: Tensor, label: Tensor, *, average: str, contrast):
-    """As c3_loss on labeled images alone, both sides of equation 3 the student's (sec. 4.1)."""
+def warmup_loss(student: nn.Module, labeled: tuple, *, contrast, average, generator=None):
+    """c3_loss of labeled images alone (sec. 4.1), both sides of equation 3 the student's."""
+    image, label, _ = labeled
     logits, embedding = student(image)
     terms = {"loss_l": supervised_loss(logits, label, average)}
     if contrast is not None:
-        terms["loss_c"] = contrast(embedding, embedding, label, logits)
+        terms["loss_c"] = contrast(embedding, embedding, label, logits, generator=generator)
     return terms, {"logits": logits.detach()}
 
 
 def c3_loss(
-    student: nn.Module,
-    labeled: tuple[Tensor, Tensor, Tensor | None],
-    unlabeled: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    *,
-    order: Tensor,
-    box: Tensor,
-    average: str = "pixel",
-    contrast: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
-    sets: str = "both",
+    student, labeled: tuple, unlabeled: tuple, *, contrast, average, mixing, sets, generator=None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Terms of eq. 7 for n labeled and n unlabeled images, and what they were made of.
 
     labeled: image (n,3,H,W), label (n,H,W) int64, the teacher's embedding (n,D,h,w) or None for the
     student's; unlabeled: strongly augmented image and, from the teacher, prob (n,K,H,W),
-    pseudo-label, 255 where not confident, and embedding. order and box are draw_pairs'.
+    pseudo-label, 255 where not confident, and embedding. contrast is contrast_loss with options.
     """
     (image_l, label_l, g_l), (image_u, prob, label_u, g_u) = labeled, unlabeled
+    how = {"generator": generator, "device": image_l.device}
+    order, box = draw_pairs(mixing, len(image_l), image_l.shape[2:], **how)
     image_mix = cut_mix(box, torch.cat([image_l, image_u])[order])
     logits, embedding = student(image_mix)
     undo = order.argsort()
     logits = cut_mix(box, logits)[undo]
     logits_l, logits_u = logits.chunk(2)
-    terms = {
-        "loss_l": supervised_loss(logits_l, label_l, average),
-        "loss_u": consistency_loss(logits_u, prob, label_u != 255, average),
-    }
+    terms = {"loss_l": supervised_loss(logits_l, label_l, average)}
+    terms["loss_u"] = consistency_loss(logits_u, prob, label_u != 255, average)
     if contrast is not None:
         # The published code un-mixes features; behind a head of 1x1 convolutions it is the same.
         embedding = cut_mix(resize_nearest(box, embedding.shape[2:]), embedding)[undo]
@@ -353,7 +309,7 @@ def c3_loss(
         both = torch.cat([g_l.detach(), g_u]), torch.cat([label_l, label_u]), logits
         chosen = {"labeled": (f_l, g_l, label_l, logits_l), "both": (embedding, *both)}
         chosen["unlabeled"] = f_u, g_u, label_u, logits_u
-        terms["loss_c"] = contrast(*chosen[sets])
+        terms["loss_c"] = contrast(*chosen[sets], generator=generator)
     seen = {"prediction_l": logits_l.argmax(1), "strong": image_u, "image_mix": image_mix}
     return terms, {**seen, "pseudo_label": label_u, "logits": logits_u.detach()}
 
@@ -394,61 +350,43 @@ def network(recipe: Recipe, num_classes: int, pretrained: bool) -> Network:
     return Network(num_classes, embedding, **shape, **batch_norm)
 
 
-def make_view(recipe: Recipe, view: str) -> Callable[[int, Tensor], Tensor]:
+def make_view(recipe: Recipe, view: str):
     """augment(seed, image) of table 5; the geometry is done already."""
-    if view == "weak":
-        return lambda _, image: image
-    return jitter_and_randaugment(
-        recipe.jitter,
-        recipe.hue,
-        operations=recipe.operations if view == "strong" else 0,
-        probability=recipe.operation_probability,
-        magnitude=recipe.magnitude,
-    )
+    colors = (0.0, 0.0) if view == "weak" else (recipe.jitter, recipe.hue)
+    operations = recipe.operations if view == "strong" else 0
+    return randaugment(*colors, operations, recipe.operation_probability, recipe.magnitude)
 
 
 def loss_weights(recipe: Recipe, iteration: int) -> dict[str, float]:
     """1, lambda_1, lambda_2 of equation 7 (sec. 4.1)."""
     ramp_u = sigmoid_ramp(iteration - recipe.warmup, recipe.consistency_ramp)
-    ramp_c = sigmoid_ramp(iteration, recipe.contrast_ramp)
-    weights = recipe.consistency_weight * ramp_u, recipe.contrast_weight * ramp_c
-    return {"loss_l": 1.0, "loss_u": weights[0], "loss_c": weights[1]}
+    weight_c = recipe.contrast_weight * sigmoid_ramp(iteration, recipe.contrast_ramp)
+    return {"loss_l": 1.0, "loss_u": recipe.consistency_weight * ramp_u, "loss_c": weight_c}
 
 
-def make_contrast(recipe: Recipe, generator: torch.Generator) -> Callable | None:
-    """The recipe's contrast_loss of embeddings, labels and logits."""
-    if recipe.contrast == "none":
-        return None
-    sampling = {"per_class": recipe.per_class, "hard": recipe.hard_sampling, "generator": generator}
-    first = 0 if recipe.contrast_road else 1
-    return partial(contrast_loss, temperature=recipe.temperature, first_class=first, **sampling)
-
-
-def drop_unconfident(regions: ConfidentRegions, targets: list[tuple], args) -> list[Tensor]:
-    """Pseudo-labels of each group, void where not confident, by one update with those of all."""
-    confidence, pseudo_label = (torch.cat([target[k] for target in targets]) for k in (1, 2))
-    pair = confidence, pseudo_label
+def label_groups(session: run.Run, teacher, regions, views, images: list) -> list[tuple]:
+    """c3_loss's unlabeled of each group; the thresholds are updated once, with all groups'."""
+    strong, targets, args = [], [], session.args
+    for session.share, image in enumerate(images):
+        targets.append(label_images(teacher, views[0](session.step_seed("teacher"), image)))
+        strong.append(views[1](session.step_seed("student"), image))
+    prob, confidence, pseudo_label, embedding = zip(*targets, strict=True)
+    own = everyone = [torch.cat(confidence), torch.cat(pseudo_label)]
     if args.processes > 1:
-        everyone = [[torch.empty_like(own) for _ in range(args.processes)] for own in pair]
-        for parts, own in zip(everyone, pair, strict=True):
-            dist.all_gather(parts, own)
-        pair = map(torch.cat, everyone)
-    confident = regions.update(*pair).chunk(args.processes)[args.rank]
-    return pseudo_label.masked_fill(~confident, 255).chunk(len(targets))
-
-
-def split_in_groups(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Let each share of the batch be one group."""
-    groups = math.ceil(recipe.batch_size / (args.processes * recipe.group_size))
-    args.accumulate = max(args.accumulate, groups)
-    run.check_recipe(recipe, args)
-    if recipe.mixing == "intra" and recipe.batch_size // (args.processes * args.accumulate) % 2:
-        raise InputError("--mixing intra: needs groups of an even number of labeled images")
+        everyone = [x.new_empty(args.processes * len(x), *x.shape[1:]) for x in own]
+        for whole, part in zip(everyone, own, strict=True):
+            dist.all_gather_into_tensor(whole, part)
+    confident = regions.update(*everyone).chunk(args.processes)[args.rank]
+    session.log(confident=confident.float().mean())
+    label = own[1].masked_fill(~confident, 255).chunk(len(images))
+    return list(zip(strong, prob, label, embedding, strict=True))
 
 
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
     """Teacher, its labels of all groups, thresholds; equation 7 group by group, step."""
-    split_in_groups(recipe, args)
+    groups = math.ceil(recipe.batch_size / (args.processes * recipe.group_size))
+    args.accumulate = max(args.accumulate, groups)  # a share of the batch is a group
+    run.check_recipe(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     split = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
@@ -465,13 +403,14 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
     )
-    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
+    state = {"student": student, "teacher": teacher, "regions": regions}
+    state |= {"optimizer": optimizer, "schedule": schedule}
     weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
     transform = scale_crop_flip(**weak, flip=recipe.flip, mean=student.mean)
-    teacher_view, student_view = (
-        make_view(recipe, view) for view in (recipe.teacher_view, recipe.student_view)
-    )
-    state["regions"] = regions
+    views = make_view(recipe, recipe.teacher_view), make_view(recipe, recipe.student_view)
+    sampling = {"per_class": recipe.per_class, "hard": recipe.hard_sampling}
+    sampling |= {"temperature": recipe.temperature, "first_class": 0 if recipe.contrast_road else 1}
+    contrast = None if student.projection is None else partial(contrast_loss, **sampling)
     session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
     for iteration in session.steps():
@@ -480,42 +419,29 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         decay = recipe.ema_decay if iteration > recipe.warmup else 0.0
         update_teacher(teacher, student, decay=decay, buffers="copy")
         groups = list(session.shares(batches_l, *[batches_u] * semi))
-        targets = []
-        for session.share, (_, _, *unlabeled) in enumerate(groups if semi else []):
-            image_u = teacher_view(session.step_seed("teacher"), unlabeled[0])
-            targets.append(label_images(teacher, image_u))
-        labels_u = drop_unconfident(regions, targets, args) if semi else []
+        if semi:
+            unlabeled = label_groups(session, teacher, regions, views, [g[2] for g in groups])
         weight = loss_weights(recipe, iteration)
-        for session.share, (image_l, label_l, *unlabeled) in enumerate(groups):
-            contrast = make_contrast(recipe, session.generator("contrast"))
-            how = {"average": recipe.average, "contrast": None if args.supervised else contrast}
-            if semi:
-                image_u = student_view(session.step_seed("student"), unlabeled[0])
-                prob, _, _, embedding_u = targets[session.share]
-                unlabeled = image_u, prob, labels_u[session.share], embedding_u
-                from_teacher = recipe.contrast_labeled == "teacher"
-                embedding_l = label_images(teacher, image_l)[3] if from_teacher else None
-                draw = {"generator": session.generator("mix"), "device": args.device}
-                order, box = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], **draw)
-                how |= {"order": order, "box": box, "sets": recipe.contrast}
-                session.log(confident=(labels_u[session.share] != 255).float().mean())
+        for session.share, (image_l, label_l, *_) in enumerate(groups):
+            by_teacher = semi and recipe.contrast_labeled == "teacher"
+            labeled = image_l, label_l, label_images(teacher, image_l)[3] if by_teacher else None
+            how = {"contrast": contrast, "average": recipe.average}
+            how["generator"] = session.generator("boxes, pixels")
             with session.forward(last=True):
                 if semi:
-                    terms, seen = c3_loss(
-                        session.student, (image_l, label_l, embedding_l), unlabeled, **how
-                    )
+                    how |= {"mixing": recipe.mixing, "sets": recipe.contrast}
+                    terms, seen = c3_loss(session.student, labeled, unlabeled[session.share], **how)
                 else:
-                    terms, seen = warmup_loss(session.student, image_l, label_l, **how)
+                    terms, seen = warmup_loss(session.student, labeled, **how)
             loss = sum(weight[name] * term for name, term in terms.items())  # equation 7
             (loss / args.accumulate).backward()
             session.log(**terms)
-            samples = {"labeled": image_l, "truth": label_l, **seen}
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if iteration + 1 == recipe.iterations:
             student.projection = teacher.projection = None  # section 3.5
-        session.evaluate_if_due(samples)
+        session.evaluate_if_due({"labeled": image_l, "truth": label_l, **seen})
 
 
 def main() -> None:

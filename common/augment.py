@@ -93,19 +93,17 @@ def jitter_and_blur(
     return partial(_seeded, lambda image: torch.stack([change(single) for single in image]))
 
 
-def jitter_and_randaugment(
-    jitter: float, hue: float, *, operations: int, probability: float, magnitude: float
+def randaugment(
+    jitter: float, hue: float, operations: int, probability: float, magnitude: float
 ) -> Callable:
-    """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, then RandAugment's ten.
+    """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, RandAugment's colours.
 
     jitter is torchvision's strength of brightness, contrast and saturation. Each image draws its
-    operations from the colour ones below, with replacement; each is done with probability, at a magnitude
+    operations from OPERATIONS, with replacement; each is done with probability, at a magnitude
     normal around the one given (standard deviation 0.5), within 0 and 10. 8-bit, as with PIL.
     """
     color = v2.ColorJitter(jitter, jitter, jitter, hue)
-    draw = partial(
-        _draw_operations, operations=operations, probability=probability, magnitude=magnitude
-    )
+    draw = partial(_draw_operations, operations, probability, magnitude)
 
     def change(image: Tensor) -> Tensor:
         image = torch.stack([color(single) for single in image.mul(255).round().byte()])
