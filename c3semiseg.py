@@ -28,8 +28,8 @@ Where the paper is silent or its published code (which cannot run) differs; each
 Without a flag: rotation, by whole degrees, is before the crop (code: after it for labeled images)
 and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K is scaled and has RandAugment,
 labeled images are not used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no
-weight decay, teacher updated before the forward pass, batch norm frozen (with --weights none: each
-batch's statistics in both networks, trained), student evaluated. Table 3: --supervised,
+weight decay, teacher updated before the forward pass, batch norm frozen (with --weights none
+trained, by each batch's statistics in both networks), student evaluated. Table 3: --supervised,
 --consistency-weight 0, --contrast none; "Full" of table 1: --labeled 1.0.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
@@ -101,13 +101,14 @@ class Recipe:
 BDD100K = replace(Recipe(), size=(720, 1280), scales=(0.75, 1.0, 1.25), crop=(512, 512))
 SMALL = replace(Recipe(), size=(64, 128), crop=None, layers=(1, 1, 1, 1), width=16, embedding=64)
 ADAM = replace(SMALL, aspp_rates=(1, 2), lr=6e-3, backbone_factor=1.0, contrast_ramp=20)
+STREETS = replace(ADAM, consistency_weight=8.0, consistency_ramp=320, per_class=8)
 RECIPES = {
     "cityscapes": Recipe(),
     # 16 images a step on 4 GPUs are groups of 2 + 2; ten epochs of 500 steps (code).
     "bdd100k": replace(BDD100K, batch_size=8, group_size=2, iterations=20_000, warmup=5_000),
     "camvid": replace(Recipe(), size=(360, 480), crop=None),  # not in the paper
     "folder": replace(BDD100K, size=None, crop=(320, 320)),  # not in the paper, as streets
-    "streets": replace(ADAM, batch_size=4, iterations=2_000, warmup=300, consistency_ramp=320),
+    "streets": replace(STREETS, batch_size=4, iterations=2_000, warmup=300),
 }
 
 
@@ -416,8 +417,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     for iteration in session.steps():
         semi = not args.supervised and iteration >= recipe.warmup
         # The teacher begins as the student is at the first semi-supervised step.
-        decay = recipe.ema_decay if iteration > recipe.warmup else 0.0
-        update_teacher(teacher, student, decay=decay, buffers="copy")
+        decay, first = recipe.ema_decay, iteration <= recipe.warmup
+        buffers = "copy" if first or not semi else "keep"  # its own, of the images it labels
+        update_teacher(teacher, student, decay=0.0 if first else decay, buffers=buffers)
         groups = list(session.shares(batches_l, *[batches_u] * semi))
         if semi:
             unlabeled = label_groups(session, teacher, regions, views, [g[2] for g in groups])

@@ -131,7 +131,7 @@ def _draw_operations(operations: int, probability: float, magnitude: float) -> l
 
 
 def _solarize(image: Tensor, level: float) -> Tensor:
-    return torch.where(image >= int(256 * level), 255 - image, image)
+    return torch.where(image.int() >= int(256 * level), 255 - image, image)  # 256: none
 
 
 def _solarize_add(image: Tensor, level: float) -> Tensor:

@@ -136,6 +136,7 @@ class DeepLabV2(SegmentationResNet):
         self.initialize(train_affine=train_affine)
         for classifier in self.classifiers:
             nn.init.normal_(classifier.weight, std=0.01)  # as the papers' code
+        self.train()  # frozen statistics from the first step on
 
     def features(self, image: Tensor) -> Tensor:
         """RGB in [0,1] (B,3,H,W) -> (B,feature_channels,h,w) at stride 8; normalises first."""

@@ -143,6 +143,7 @@ def _options(name: str, kind, presets: Iterable) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     zero = any(0 in (preset if isinstance(preset, tuple) else (preset,)) for preset in presets)
+    zero = zero or name in ("warmup", "rotation")
     smallest = 0 if zero or (kind is float and not is_range) else {int: 1, float: 0.01}[kind]
     smallest = {"size": 16, "crop": 16, "ict_alpha": 0.01}.get(name, smallest)
     share = name.endswith(("probability", "decay", "threshold", "momentum", "p_range"))
