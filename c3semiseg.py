@@ -28,8 +28,8 @@ Where the paper is silent or its published code (which cannot run) differs; each
 Without a flag: rotation, by whole degrees, is before the crop (code: after it for labeled images)
 and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K is scaled and has RandAugment,
 labeled images are not used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no
-weight decay, teacher updated before the forward pass, batch norm frozen (with --weights none
-trained, by each batch's statistics in both networks), student evaluated. Table 3: --supervised,
+weight decay, teacher updated before the forward pass, batch norm frozen (--weights none: trained,
+each batch's statistics in both networks), student evaluated. Table 3: --supervised,
 --consistency-weight 0, --contrast none; "Full" of table 1: --labeled 1.0.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
@@ -351,13 +351,6 @@ def network(recipe: Recipe, num_classes: int, pretrained: bool) -> Network:
     return Network(num_classes, embedding, **shape, **batch_norm)
 
 
-def make_view(recipe: Recipe, view: str):
-    """augment(seed, image) of table 5; the geometry is done already."""
-    colors = (0.0, 0.0) if view == "weak" else (recipe.jitter, recipe.hue)
-    operations = recipe.operations if view == "strong" else 0
-    return randaugment(*colors, operations, recipe.operation_probability, recipe.magnitude)
-
-
 def loss_weights(recipe: Recipe, iteration: int) -> dict[str, float]:
     """1, lambda_1, lambda_2 of equation 7 (sec. 4.1)."""
     ramp_u = sigmoid_ramp(iteration - recipe.warmup, recipe.consistency_ramp)
@@ -408,7 +401,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     state |= {"optimizer": optimizer, "schedule": schedule}
     weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
     transform = scale_crop_flip(**weak, flip=recipe.flip, mean=student.mean)
-    views = make_view(recipe, recipe.teacher_view), make_view(recipe, recipe.student_view)
+    how = recipe.operations, recipe.operation_probability, recipe.magnitude
+    kinds = recipe.teacher_view, recipe.student_view
+    views = [randaugment(kind, recipe.jitter, recipe.hue, *how) for kind in kinds]
     sampling = {"per_class": recipe.per_class, "hard": recipe.hard_sampling}
     sampling |= {"temperature": recipe.temperature, "first_class": 0 if recipe.contrast_road else 1}
     contrast = None if student.projection is None else partial(contrast_loss, **sampling)

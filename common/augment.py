@@ -94,16 +94,20 @@ def jitter_and_blur(
 
 
 def randaugment(
-    jitter: float, hue: float, operations: int, probability: float, magnitude: float
+    view: str, jitter: float, hue: float, operations: int, probability: float, magnitude: float
 ) -> Callable:
     """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, RandAugment's colours.
 
-    jitter is torchvision's strength of brightness, contrast and saturation. Each image draws its
-    operations from OPERATIONS, with replacement; each is done with probability, at a magnitude
-    normal around the one given (standard deviation 0.5), within 0 and 10. 8-bit, as with PIL.
+    A "weak" view has neither, "jitter" the first, "strong" both. jitter is torchvision's strength
+    of brightness, contrast and saturation. Each image draws its operations from OPERATIONS, with
+    replacement; each is done with probability, at a magnitude normal around the one given
+    (standard deviation 0.5), within 0 and 10. 8-bit, as with PIL.
     """
+    if view == "weak":
+        return lambda _, image: image
     color = v2.ColorJitter(jitter, jitter, jitter, hue)
-    draw = partial(_draw_operations, operations, probability, magnitude)
+    count = operations if view == "strong" else 0
+    draw = partial(_draw_operations, count, probability, magnitude)
 
     def change(image: Tensor) -> Tensor:
         image = torch.stack([color(single) for single in image.mul(255).round().byte()])

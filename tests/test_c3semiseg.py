@@ -129,16 +129,15 @@ def test_pairs_of_both_sets_or_of_one():
 
 def test_weak_view_is_bit_exact():
     image = randint(256, 3, 3, 16, 24).float() / 255
-    off = randaugment(0.0, 0.0, 0, 0.5, 10.0)
-    assert torch.equal(off(3, image), image)  # (h)
-    never = randaugment(0.0, 0.0, 2, 0.0, 10.0)
-    assert torch.equal(never(3, image), image)
+    for view, jitter, probability in (("weak", 0.5, 1), ("jitter", 0.0, 1), ("strong", 0.0, 0)):
+        off = randaugment(view, jitter, jitter / 2, 2, probability, 10.0)
+        assert torch.equal(off(3, image), image)  # (h)
 
 
 def test_strong_view_changes_colour_alone():
     """(i): what has one colour keeps one, and a mirrored image gives the mirrored result."""
     color = (randint(256, 8, 3, 1, 1) / 255).expand(-1, -1, 12, 20)
-    strong = randaugment(0.5, 0.25, 2, 1.0, 10.0)
+    strong = randaugment("strong", 0.5, 0.25, 2, 1.0, 10.0)
     for seed in range(6):
         changed = strong(seed, color)
         assert changed.shape == color.shape and changed.min() >= 0 and changed.max() <= 1
@@ -154,7 +153,7 @@ def test_strong_view_changes_colour_alone():
 
 def test_images_are_augmented_one_by_one():
     image = (randint(256, 1, 3, 12, 20) / 255).expand(24, -1, -1, -1)
-    changed = randaugment(0.0, 0.0, 2, 0.5, 10.0)(0, image)
+    changed = randaugment("strong", 0.0, 0.0, 2, 0.5, 10.0)(0, image)
     same = (changed == image).flatten(1).all(1)
     assert 1 <= same.sum() <= 16 and len(changed.unique(dim=0)) > 6
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The runs of C3-SemiSeg behind the README: table 3 of the paper on streets; the baseline and the
+# full method with three seeds, each loss left out with one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=results/c3semiseg
+for seed in 0 1 2; do
+    python c3semiseg.py --seed "$seed" --supervised --output-dir "$out/supervised_s$seed"
+    python c3semiseg.py --seed "$seed" --output-dir "$out/full_s$seed"
+done
+python c3semiseg.py --contrast none --output-dir "$out/without-contrast_s0"
+python c3semiseg.py --consistency-weight 0 --output-dir "$out/without-consistency_s0"
+python benchmarks/table.py "$out"
