@@ -13,8 +13,8 @@ sets are drawn together within a class and pushed apart between classes.
     scale_crop_flip, randaugment         section 3.2: A, A-hat
 
 Where the paper is silent or its published code (which cannot run) differs; each has a flag:
-- L_consist is averaged over the K classes too, as in the code: lambda_1 = 50 is 2.63 = 50 / 19 in
-  equation 2's units (to the letter: --consistency-weight 950). The code multiplies L_contrast by
+- L_consist is averaged over the K classes too, as in the code: lambda_1 = 50 is 50 / 19 = 2.63 in
+  equation 2's units (to the letter: --consistency-weight 950); the code's L_contrast has a factor
   temperature / 0.1: lambda_2 = 0.1 is 0.15 in equation 5's units (paper: --contrast-weight 0.1);
 - averages are over the pixels of a group, as in the code (equations 1, 2: --average image);
 - equation 5's labeled embeddings are the student's, detached, as in the code and figure 1 (to the
@@ -26,11 +26,10 @@ Where the paper is silent or its published code (which cannot run) differs; each
   contrasted in it, student with student, and lambda_2 ramps up from its start;
 - images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size).
 Without a flag: rotation, by whole degrees, is before the crop (code: after it for labeled images)
-and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K is scaled and has RandAugment,
-labeled images are not used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no
-weight decay, teacher updated before the forward pass, batch norm frozen (--weights none: trained,
-each batch's statistics in both networks), student evaluated. Table 3: --supervised,
---consistency-weight 0, --contrast none; "Full" of table 1: --labeled 1.0.
+and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K has scales and RandAugment, labeled
+images are not used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no weight decay,
+teacher updated before the forward pass, batch norm frozen (--weights none: trained, batch statistics
+in both networks), student evaluated. README.md: flags of every row of tables 3 to 7.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 """
@@ -100,15 +99,15 @@ class Recipe:
 
 BDD100K = replace(Recipe(), size=(720, 1280), scales=(0.75, 1.0, 1.25), crop=(512, 512))
 SMALL = replace(Recipe(), size=(64, 128), crop=None, layers=(1, 1, 1, 1), width=16, embedding=64)
-ADAM = replace(SMALL, aspp_rates=(1, 2), lr=6e-3, backbone_factor=1.0, contrast_ramp=20)
-STREETS = replace(ADAM, consistency_weight=8.0, consistency_ramp=320, per_class=8)
+ADAM = replace(SMALL, aspp_rates=(1, 2), lr=6e-3, backbone_factor=1.0, contrast_ramp=16)
+STREETS = replace(ADAM, consistency_weight=8.0, consistency_ramp=256, per_class=8)
 RECIPES = {
     "cityscapes": Recipe(),
     # 16 images a step on 4 GPUs are groups of 2 + 2; ten epochs of 500 steps (code).
     "bdd100k": replace(BDD100K, batch_size=8, group_size=2, iterations=20_000, warmup=5_000),
     "camvid": replace(Recipe(), size=(360, 480), crop=None),  # not in the paper
     "folder": replace(BDD100K, size=None, crop=(320, 320)),  # not in the paper, as streets
-    "streets": replace(STREETS, batch_size=4, iterations=2_000, warmup=300),
+    "streets": replace(STREETS, batch_size=4, iterations=1_600, warmup=240),
 }
 
 
@@ -311,8 +310,8 @@ def c3_loss(
         chosen = {"labeled": (f_l, g_l, label_l, logits_l), "both": (embedding, *both)}
         chosen["unlabeled"] = f_u, g_u, label_u, logits_u
         terms["loss_c"] = contrast(*chosen[sets], generator=generator)
-    seen = {"prediction_l": logits_l.argmax(1), "strong": image_u, "image_mix": image_mix}
-    return terms, {**seen, "pseudo_label": label_u, "logits": logits_u.detach()}
+    seen = {"mixed": image_mix[undo].chunk(2)[0], "prediction_l": logits_l.argmax(1)}
+    return terms, {**seen, "strong": image_u, "pseudo_label": label_u, "logits": logits_u.detach()}
 
 
 def sigmoid_ramp(iteration: int, length: int) -> float:

@@ -639,7 +639,8 @@ def test_c3_loss_equals_naive_loss(mixing, sets, average):
     for mine, theirs in zip(weights, twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
     assert all(p.grad is None for p in teacher.parameters())
-    assert len(student.seen) == 1 and student.seen[0][0] is seen["image_mix"]  # one forward pass
+    assert len(student.seen) == 1  # one forward pass
+    assert all(any(torch.equal(m, s) for s in student.seen[0][0]) for m in seen["mixed"])
     assert [with_grad for _, with_grad in teacher.seen] == [False] * len(teacher.seen)
     assert teacher.seen[0][0] is image_u
     assert not any(value.requires_grad for value in seen.values())
@@ -819,20 +820,20 @@ def step_log(command, data, folder, *flags):
 
 def test_run_and_its_checkpoint_without_a_head(command, camvid, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    args = (*ARGS, "--data-dir", camvid, "--iterations", 30, "--eval-every", 15)
+    args = (*ARGS, "--data-dir", camvid, "--iterations", 20, "--eval-every", 10)
     kept, save = [], run.Run._save
     monkeypatch.setattr(run.Run, "_save", lambda self, done: (save(self, done), keep(done)))
 
     def keep(done):
-        if done == 15:
+        if done == 10:
             kept.append((out / "last.pt").read_bytes())
 
-    status, printed, errors = command("c3semiseg", *args, "--save-every", 15, "--output-dir", out)
+    status, printed, errors = command("c3semiseg", *args, "--save-every", 10, "--output-dir", out)
     assert (status, errors) == (0, "") and "headline: student" in printed
     steps = [entry for entry in read_log(out) if "loss_l" in entry]
     assert {"loss_u", "loss_c", "confident", "lr"} <= set(steps[-1])
     assert steps[-1]["loss_l"] < steps[0]["loss_l"]
-    assert {p.name for p in (out / "samples").iterdir()} == {"000015.png", "000030.png"}
+    assert {p.name for p in (out / "samples").iterdir()} == {"000010.png", "000020.png"}
     (tmp_path / "half").mkdir()
     (tmp_path / "half/last.pt").write_bytes(kept[0])
     for folder, with_head in ((out, False), (tmp_path / "half", True)):
@@ -853,13 +854,13 @@ def test_run_and_its_checkpoint_without_a_head(command, camvid, tmp_path, monkey
 
 
 def test_a_stopped_run_resumes_exactly(command, camvid, tmp_path, monkeypatch):
-    args = (*ARGS, "--data-dir", camvid, "--iterations", 12, "--eval-every", 6, "--accumulate", 2)
+    args = (*ARGS, "--data-dir", camvid, "--iterations", 9, "--eval-every", 9, "--accumulate", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command("c3semiseg", *args, "--output-dir", whole)
     log = run.Run.log
 
     def log_and_kill(self, **values):
-        if self.iteration == 7 and self.start == 0 and "loss_l" in values:
+        if self.iteration == 5 and self.start == 0 and "loss_l" in values:
             os.kill(os.getpid(), signal.SIGTERM)
         log(self, **values)
 
