@@ -26,10 +26,10 @@ Where the paper is silent or its published code (which cannot run) differs; each
   contrasted in it, student with student, and lambda_2 ramps up from its start;
 - images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size).
 Without a flag: rotation, by whole degrees, is before the crop (code: after it for labeled images)
-and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K has scales and RandAugment, labeled
-images are not used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no weight decay,
-teacher updated before the forward pass, batch norm frozen (--weights none: trained, batch statistics
-in both networks), student evaluated. README.md: flags of every row of tables 3 to 7.
+and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K has scales and RandAugment, no
+labeled image is used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no weight
+decay, teacher updated before the forward pass, batch norm frozen (--weights none: trained, batch
+statistics in both networks), student evaluated. README.md has the flags of tables 3 to 7.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 """
