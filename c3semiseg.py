@@ -419,7 +419,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
             unlabeled = label_groups(session, teacher, regions, views, [g[2] for g in groups])
         weight = loss_weights(recipe, iteration)
         for session.share, (image_l, label_l, *_) in enumerate(groups):
-            by_teacher = semi and recipe.contrast_labeled == "teacher"
+            by_teacher = semi and contrast and recipe.contrast_labeled == "teacher"
             labeled = image_l, label_l, label_images(teacher, image_l)[3] if by_teacher else None
             how = {"contrast": contrast, "average": recipe.average}
             how["generator"] = session.generator("boxes, pixels")
