@@ -66,7 +66,7 @@ class Recipe:
     iterations: int = 25_000  # steps (4.1)
     warmup: int = 2_500  # first steps on labeled images only: 10 epochs (4.1) of 250 steps (code)
     lr: float = 1.2e-4  # of classifiers and projection head, by Adam (4.1)
-    backbone_factor: float = 0.3  # the backbone learns at backbone_factor * lr (see above)
+    backbone_factor: float = 0.3  # the backbone learns at backbone_factor * lr (code); paper: 1.0
     lr_power: float = 0.9  # lr * (1 - iteration / iterations) ** lr_power (4.1)
     ema_decay: float = 0.99  # alpha (4.1)
     mixing: Literal["cross", "intra", "none"] = "cross"  # sets mixed by CutMix; table 6
@@ -78,9 +78,9 @@ class Recipe:
     operation_probability: float = 0.5  # that a drawn one is done (code)
     magnitude: float = 10.0  # mean magnitude of the operations, 0 to 10 (code)
     average: Literal["pixel", "image"] = "pixel"  # pixels averaged over first; paper: image (eq. 1)
-    consistency_weight: float = 50.0  # lambda_1, of a mean over classes too (4.1; see above)
+    consistency_weight: float = 50.0  # lambda_1 (4.1) of a mean over classes too (code)
     consistency_ramp: int = 4_000  # steps of its ramp, from the end of the warm-up (4.1)
-    contrast_weight: float = 0.15  # lambda_2 in units of eq. 5; paper: 0.1 (4.1; see above)
+    contrast_weight: float = 0.15  # lambda_2 in units of eq. 5 (code); paper: 0.1 (4.1)
     contrast_ramp: int = 250  # steps of its ramp, from the start (code)
     contrast: Literal["both", "labeled", "unlabeled", "none"] = "both"  # sets; D of table 4
     contrast_labeled: Literal["student", "teacher"] = "student"  # whose embeddings; paper: teacher
