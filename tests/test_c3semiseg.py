@@ -934,7 +934,12 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
         return "ema", kwargs["decay"], weights(args[0]), weights(args[1])
 
     spy(c3semiseg, "update_teacher", updated)
-    spy(c3semiseg, "label_images", lambda a, k, r: ("teacher", len(a[1]), r[1]))
+
+    def darken(view, *_):
+        return lambda _, image: image * {"weak": 1.0, "strong": 0.5}[view]
+
+    monkeypatch.setattr(c3semiseg, "randaugment", darken)
+    spy(c3semiseg, "label_images", lambda a, k, r: ("teacher", a[1], r[1]))
     spy(c3semiseg.ConfidentRegions, "update", lambda a, k, r: ("thresholds", *a[1:], r))
     spy(c3semiseg, "c3_loss", lambda a, k, r: ("c3", *a[1:], r))
     spy(c3semiseg, "warmup_loss", lambda a, k, r: ("warmup", len(a[1][0])))
@@ -960,8 +965,8 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
         assert len(labeled[0]) == 2 and labeled[2] is None
         assert torch.equal(unlabeled[2], pseudo_label[part].masked_fill(~mask[part], 255))
         assert torch.equal(unlabeled[1].amax(1), confidence[part])
-        strong = unlabeled[0]
-        assert strong.shape == labeled[0].shape and not unlabeled[3].requires_grad
+        assert torch.equal(unlabeled[0], 0.5 * seen["teacher"][k][1])  # the same geometry
+        assert unlabeled[0].shape == labeled[0].shape and not unlabeled[3].requires_grad
 
 
 def test_frozen_batch_norm_stays_as_loaded(command, camvid, tmp_path):
