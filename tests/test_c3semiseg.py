@@ -943,6 +943,10 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
     spy(c3semiseg.ConfidentRegions, "update", lambda a, k, r: ("thresholds", *a[1:], r))
     spy(c3semiseg, "c3_loss", lambda a, k, r: ("c3", *a[1:], r))
     spy(c3semiseg, "warmup_loss", lambda a, k, r: ("warmup", len(a[1][0])))
+    losses, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: (losses.append(loss.item()), backward(loss))
+    )
     step_log(command, camvid, tmp_path / "run", "--group-size", 2, "--ema-decay", 0.6)
     names = [call[0] for call in calls]
     warm, semi = (
@@ -960,6 +964,10 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
     seen = {name: [call for call in calls[-6:] if call[0] == name] for name in semi}
     ((_, confidence, pseudo_label, mask),) = seen["thresholds"]
     assert torch.equal(confidence, torch.cat([labels for _, _, labels in seen["teacher"]]))
+    # equation 7, of half of the batch each; both ramps have ended
+    for loss, (*_, (terms, _)) in zip(losses[-2:], seen["c3"], strict=True):
+        loss_l, loss_u, loss_c = (term.item() for term in terms.values())
+        assert 2 * loss == pytest.approx(loss_l + 50 * loss_u + 0.15 * loss_c, rel=1e-5)
     for k, (_, labeled, unlabeled, _) in enumerate(seen["c3"]):
         part = slice(2 * k, 2 * k + 2)
         assert len(labeled[0]) == 2 and labeled[2] is None
