@@ -165,7 +165,7 @@ def box_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
 
 
 def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a where mask, else b (eq. 4): (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
+    """a where mask, else b: (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
     return torch.where(mask if a.dim() == mask.dim() else mask.unsqueeze(1), a, b)
 
 

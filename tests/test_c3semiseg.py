@@ -1,15 +1,12 @@
 """The method of c3semiseg.py against naive loops, closed forms and the laws of its random parts."""
 
 import ast
-import builtins
 import copy
 import itertools
 import json
 import math
 import os
 import signal
-import symtable
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +22,6 @@ import classmix
 from common import augment, run
 from common.augment import randaugment, scale_crop_flip
 
-SOURCE = Path(c3semiseg.__file__).read_text()
-CORE = SOURCE.split("copy from here ----\n")[1].split("# ---- to here")[0]
 TAU = 0.15
 
 
@@ -721,24 +716,6 @@ def test_weights_of_equation_7():
     ramp = [0.0067379, 0.2865048, 1]
     assert early == pytest.approx([0.15 * r for r in ramp], rel=1e-4)
     assert round(50 / 19, 2) == 2.63
-
-
-def test_core_runs_when_pasted_under_its_imports(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] in ("common", "torchvision")]:
-        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
-    imports = [n for n in ast.parse(SOURCE).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    known = {"torch", *sys.stdlib_module_names}
-    known = [ast.unparse(n) for n in imports if ast.unparse(n).split()[1].split(".")[0] in known]
-    namespace = {}
-    exec("\n".join([*known, CORE]), namespace)
-    assert "import " not in CORE
-
-    def unresolved(table):
-        names = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
-        names -= namespace.keys() | set(dir(builtins))
-        return names.union(*map(unresolved, table.get_children()))
-
-    assert not unresolved(symtable.symtable(CORE, "core", "exec"))
 
 
 def test_core_never_waits_for_the_device():

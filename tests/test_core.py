@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-METHODS = ("classmix", "complexmix", "cowmix")
+METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
 ROOT = Path(__file__).parents[1]
 
 
