@@ -398,8 +398,6 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     )
     state = {"student": student, "teacher": teacher, "regions": regions}
     state |= {"optimizer": optimizer, "schedule": schedule}
-    weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
-    transform = scale_crop_flip(**weak, flip=recipe.flip, mean=student.mean)
     how = recipe.operations, recipe.operation_probability, recipe.magnitude
     kinds = recipe.teacher_view, recipe.student_view
     views = [randaugment(kind, recipe.jitter, recipe.hue, *how) for kind in kinds]
@@ -407,6 +405,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     sampling |= {"temperature": recipe.temperature, "first_class": 0 if recipe.contrast_road else 1}
     contrast = None if student.projection is None else partial(contrast_loss, **sampling)
     session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
+    weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
+    transform = scale_crop_flip(**weak, flip=recipe.flip, mean=student.mean)
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
     for iteration in session.steps():
         semi = not args.supervised and iteration >= recipe.warmup

@@ -275,12 +275,12 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
     )
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
-    weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
-    transform = scale_crop_flip(**weak, mean=student.mean)
     strong = jitter_and_blur(
         recipe.jitter, recipe.jitter_probability, recipe.blur_sigma, recipe.blur_probability
     )
     session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
+    weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
+    transform = scale_crop_flip(**weak, mean=student.mean)
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
     for iteration in session.steps():
         mixing = not args.supervised and iteration >= recipe.warmup

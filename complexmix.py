@@ -252,9 +252,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
     )
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
+    session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
     weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
     transform = scale_crop_flip(**weak, mean=student.mean)
-    session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
     for iteration in session.steps():
         mixing = not args.supervised and iteration >= recipe.warmup

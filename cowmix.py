@@ -13,20 +13,27 @@ of their labelings. The mask of the mix is thresholded smooth noise, spotted lik
     random_affine, aug_loss    standard augmentation (D.1), predictions aligned by A B^-1 (D.1.1)
     UNet                       figure 7, table 4
 
-Errors of the listings, corrected: listing 1 thresholds Ns, which it calls noise_smooth; listing 2
-returns y_t, y_s and mask, which it calls ym_t, ym_s, m; in listing 3 the teacher sees xb, not yb;
-max(dim=1) means its values; a mean of bools is one of floats; the teacher takes no gradient.
-Where paper, listings and the later published code disagree; each has a flag:
-- CowOut ran for 300 epochs by table 1, followed here, for 100 by D.3.3 (--iterations 36700);
-- a box has four random numbers, its area too, as in 3.3; the code halves it (--p-range 0.5 0.5);
-- CutOut keeps the inside of the box, as 3.3 and the code do (--cutout-keeps outside);
-- one learning rate, as in the paper; code: a tenth for the backbone (--lr 1e-5 --head-factor 10);
+Corrected in the listings:
+- 1: scipy.ndimage.filter does not exist, and noise_smooth is Ns;
+- 2: ym_t, ym_s and m are y_t, y_s and mask;
+- 3: the teacher is shown xb, not yb;
+- 2 and 3: max(dim=1) is meant without its indices, and a mean of bools as one of floats;
+- 2 and 3: squared_diff is not defined, and the teacher takes no gradient.
+Where paper and published code (later; without cow masks and this U-Net) differ, as the paper:
+- the square is averaged over classes, weight 10 (code: summed, 1; that is --consistency-weight K);
+- a box has four random numbers, its area too (3.3); code: half (--p-range 0.5 0.5);
+- one learning rate; code: 3e-5, the backbone a tenth of it (--lr 3e-6 --head-factor 10);
 - four classifier branches as in DeepLab-v2; the code sums two (--aspp-rates 6 12);
-- images are not mirrored or scaled, as in the paper; the code does both (--flip, --scale-range).
-Silent in the paper, as in the code: constant learning rate, teacher evaluated, its batch-norm
-statistics averaged like its weights, ICT's Beta(0.1, 0.1). Silent in both: no batch norm and ReLU
-in the U-Net's decoder, the scale of D.1 is log-uniform, its brightness is that of [0,1].
-The paper starts DeepLab-v2 from COCO weights (--weights FILE); they are no longer on line.
+- images are not mirrored or scaled (code: --flip --scale-range 0.5 1.5), Cityscapes not cropped
+  (code: --crop 256 512 --batch-size 4).
+CowOut has 300 epochs by table 1, as here, but 100 by D.3.3 (--iterations 36700). CutOut keeps the
+inside of the box, as 3.3 and the code do (--cutout-keeps outside: what others call CutOut). ICT's
+confidence is that of the blend, as in listing 3 (code: the blend of confidences).
+Not in the paper, from the code: constant learning rate; Beta(0.1, 0.1); teacher evaluated, its
+batch-norm statistics averaged too and those of the batch used, which matters with --weights none
+alone: else DeepLab's and the U-Net's encoder's are frozen. In neither: decoder without batch norm,
+ReLU, classifier near 0 at first, scales of D.1 log-uniform, b of D.1 in [0,1]. The COCO weights of
+the paper (--weights FILE) are hard to find: ImageNet's by default.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -52,6 +59,7 @@ from common.deeplab import DeepLabV2, SegmentationResNet, load_weights
 from common.ema import make_teacher, update_teacher
 
 Perturbation = Literal["cowmix", "cowout", "cutmix", "cutout", "ict", "aug"]
+CAMVID = 367  # training images (4.2), and steps of an epoch at batch size 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +73,7 @@ class Recipe:
     scale_range: tuple[float, float] = (1.0, 1.0)  # random scale before the crop; not in the paper
     flip: bool = False  # random mirroring; not in the paper
     batch_size: int = 1  # labeled images a step, and as many unlabeled ones or pairs (D.3.1)
-    iterations: int = 300 * 367  # steps: 300 epochs; aug 50, cutmix 100 of them (table 1)
+    iterations: int = 300 * CAMVID  # steps: 300 epochs; aug 50, cutmix 100 of them (table 1)
     lr: float = 1e-4  # of Adam (D.3.1); 1e-5 for deeplab (D.3.2)
     lr_power: float = 0.0  # lr * (1 - iteration / iterations) ** lr_power; not in the paper
     head_factor: float = 1.0  # decoder or classifiers learn at head_factor * lr; code: 10
@@ -88,13 +96,15 @@ class Recipe:
 
 
 CITYSCAPES = replace(Recipe(), size=(512, 1024), iterations=100_000, sigma_range=(8.0, 32.0))
-# D.3.2. Its lengths are not in the paper: 40 times 1000 steps are the code's.
+# D.3.2; for the U-Net on VOC too, for which the paper has no crop and batch size. 40000 steps with
+# DeepLab and on VOC are the code's, the paper has no number.
 DEEPLAB = {"network": "deeplab", "lr": 1e-5, "layers": (3, 4, 23, 3)}
 CROPS = {"size": None, "crop": (321, 321), "batch_size": 10, "iterations": 40_000}
 VOC = replace(CITYSCAPES, **CROPS)
 SMALL = {"size": (64, 128), "width": 16, "layers": (1, 1, 1, 1), "aspp_rates": (1, 2)}
 STREETS = replace(Recipe(), network="deeplab", flip=True, batch_size=4, iterations=2_000, **SMALL)
-# Not in the paper: bdd100k (Cityscapes' recipe, other size), folder (VOC's), streets.
+# Not in the paper: bdd100k (Cityscapes' recipe, other size), folder (VOC's), streets, and DeepLab
+# on CamVid.
 RECIPES = {
     "camvid": Recipe(),
     "cityscapes": CITYSCAPES,
@@ -114,15 +124,17 @@ OTHER_NETWORK = {
 EPOCHS = {"aug": 50, "cutmix": 100}  # of CamVid, where training failed later (table 1)
 
 
-def preset(dataset: str, given: dict) -> Recipe:
-    """The recipe for a data set, and for the network and perturbation among the flags given."""
+def preset(dataset: str, network: str | None = None, perturbation: str = "cowmix") -> Recipe:
+    """The recipe for a data set, a network (None: the data set's usual one), a perturbation."""
     recipe = RECIPES[dataset]
-    if given.get("network", recipe.network) != recipe.network:
+    if network not in (None, recipe.network):
         recipe = OTHER_NETWORK[dataset]
-    kind = given.get("perturbation", recipe.perturbation)
+    if perturbation == "cowmix":
+        return recipe
+    changes = {"perturbation": perturbation, "p_range": (0.0, 1.0)}  # (4.2, 3.3)
     if dataset == "camvid":
-        recipe = replace(recipe, iterations=EPOCHS.get(kind, 300) * 367)
-    return recipe if kind == "cowmix" else replace(recipe, p_range=(0.0, 1.0))  # (4.2, 3.3)
+        changes["iterations"] = EPOCHS.get(perturbation, 300) * CAMVID
+    return replace(recipe, **changes)
 
 
 # ---- The method: depends only on torch; copy from here ----
@@ -159,7 +171,7 @@ def cow_mask(
     """Smoothed noise above T = sqrt(2) erfinv(2p - 1) S_sigma + S_mu (3.4, listing 1).
 
     -> (B,*size) bool. p, uniform in p_range, is the expected share of False; sigma (B,), pixels,
-    is log-uniform in sigma_range; noise (B,*size) is normal. What is given is not drawn.
+    is log-uniform in sigma_range, noise (B,*size) normal, unless given (sigma within that range).
     """
     draw = {"generator": generator, "device": device}
     if sigma is None:
@@ -213,7 +225,7 @@ def consistency_loss(student: nn.Module, image: Tensor, prob: Tensor, fraction, 
     confident of, weights it in place of a ramp-up (D.3.4).
     """
     logits = student(image)
-    square = (prob - logits.softmax(1)).square()
+    square = (prob - logits.float().softmax(1)).square()
     square = square if mask is None else square * mask.unsqueeze(1)
     seen = {"image_mix": image, "pseudo_label": prob.argmax(1), "logits": logits.detach()}
     return square.mean() * fraction, {**seen, "confident": fraction}
@@ -225,11 +237,11 @@ def mixing_loss(student, teacher, image_a, image_b, combine: Callable, threshold
     combine is the paper's mix(a, b, M) for one M, of images and probabilities alike.
     """
     with torch.no_grad():
-        prob_a, prob_b = teacher(image_a).softmax(1), teacher(image_b).softmax(1)  # (l. 5-6)
-        image_mix = combine(image_a, image_b)  # (l. 8)
-        prob_mix = combine(prob_a, prob_b)  # (l. 9)
+        prob_a, prob_b = (teacher(x).float().softmax(1) for x in (image_a, image_b))  # (l. 4-5)
+        image_mix = combine(image_a, image_b)  # (l. 7)
+        prob_mix = combine(prob_a, prob_b)  # (l. 8)
         fraction = (prob_mix.amax(1) > threshold).float().mean()  # (l. 13)
-    return consistency_loss(student, image_mix, prob_mix, fraction)  # (l. 11, 15)
+    return consistency_loss(student, image_mix, prob_mix, fraction)  # (l. 10, 15)
 
 
 def cutout_loss(student, teacher, image, mask, fill: Tensor, threshold: float = 0.97):
@@ -238,10 +250,10 @@ def cutout_loss(student, teacher, image, mask, fill: Tensor, threshold: float = 
     The student sees fill (3,1,1), the mean colour, where the mask is False: 0 if normalised.
     """
     with torch.no_grad():
-        prob = teacher(image).softmax(1)  # (l. 5)
-        image_cut = mix(mask, image, fill)  # x M (l. 7)
-        fraction = (prob.amax(1) > threshold).float().mean()  # (l. 10)
-    return consistency_loss(student, image_cut, prob, fraction, mask)  # (l. 7, 13)
+        prob = teacher(image).float().softmax(1)  # (l. 4)
+        image_cut = mix(mask, image, fill)  # x M (l. 6)
+        fraction = (prob.amax(1) > threshold).float().mean()  # (l. 9)
+    return consistency_loss(student, image_cut, prob, fraction, mask)  # (l. 6, 11)
 
 
 def random_affine(
@@ -308,7 +320,7 @@ def aug_loss(student, teacher, image, matrix_a, matrix_b, color: Callable, fill,
     size = image.shape[-2:]
     with torch.no_grad():
         grid_a, grid_b = warp_grid(matrix_a, size), warp_grid(matrix_b, size)
-        prob_b = teacher(warp(color(image), grid_b, fill)).softmax(1)
+        prob_b = teacher(warp(color(image), grid_b, fill)).float().softmax(1)
         grid = warp_grid(matrix_a @ torch.linalg.inv_ex(matrix_b)[0], size)
         prob = F.grid_sample(prob_b, grid, padding_mode="border", align_corners=False)
         image_a = warp(color(image), grid_a, fill)
@@ -332,7 +344,7 @@ class UNet(SegmentationResNet):
     def __init__(self, num_classes: int, *, layers=(3, 4, 6, 3), width=64, batch_norm="frozen"):
         shape = {"strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1), "caffe": False}
         super().__init__(layers, width, **shape, batch_norm=batch_norm)
-        channels = [c * width // 64 for c in (192, 128, 96, 64, 48, 32)]
+        channels = [max(1, c * width // 64) for c in (192, 128, 96, 64, 48, 32)]
         skips = (16 * width, 8 * width, 4 * width, 0, 0)  # conv4_x, conv3_x, conv2_x
         self.decoder = nn.ModuleList([nn.Conv2d(32 * width, channels[0], 3, padding=1)])
         for skip, wide, narrow in zip(skips, channels[:-1], channels[1:], strict=True):
@@ -341,6 +353,7 @@ class UNet(SegmentationResNet):
         self.feature_channels = channels[-1]
         self.classifier = nn.Conv2d(self.feature_channels, num_classes, 1)
         self.initialize(train_affine=True)
+        nn.init.normal_(self.classifier.weight, std=0.01)  # sure of nothing yet, as DeepLabV2's
 
     def features(self, image: Tensor) -> Tensor:
         """RGB in [0,1] (B,3,H,W) -> (B,feature_channels,H,W); normalises first."""
@@ -370,17 +383,12 @@ def network(recipe: Recipe, num_classes: int, pretrained: bool) -> SegmentationR
     return DeepLabV2(num_classes, **shape, rates=recipe.aspp_rates, train_affine=not pretrained)
 
 
-def draw_affine(recipe: Recipe, batch: int, generator: torch.Generator) -> Tensor:
-    """Matrices of the recipe's standard augmentation, (B,3,3)."""
+def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Tensor, Callable]:
+    """Of the recipe's standard augmentation: a matrix for each image (B,3,3), changes of colour."""
     how = {name: getattr(recipe, name) for name in ("translation", "scaling", "rotation")}
     how |= {"flip": recipe.flip_probability, "generator": generator, "device": generator.device}
-    return random_affine(batch, **how)
-
-
-def make_color(recipe: Recipe, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """The recipe's change of brightness and contrast, new in each call."""
-    how = {"brightness": recipe.brightness, "contrast": recipe.contrast}
-    return partial(recolor, **how, generator=generator)
+    color = {"brightness": recipe.brightness, "contrast": recipe.contrast, "generator": generator}
+    return random_affine(batch, **how), partial(recolor, **color)
 
 
 def unlabeled_loss(recipe: Recipe, student, teacher, fill, image_a, image_b, *, seed: int):
@@ -389,9 +397,8 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, image_a, image_b, *, 
     generator = torch.Generator(image_a.device).manual_seed(seed)
     networks, threshold = (student, teacher), recipe.confidence_threshold
     if kind == "aug":
-        matrices = [draw_affine(recipe, batch, generator) for _ in "AB"]
-        color = make_color(recipe, generator)
-        return aug_loss(*networks, image_a, *matrices, color, fill, threshold)
+        (a, color), (b, _) = (draw_aug(recipe, batch, generator) for _ in "AB")
+        return aug_loss(*networks, image_a, a, b, color, fill, threshold)
     if kind == "ict":
         beta = np.random.default_rng(seed).beta(recipe.ict_alpha, recipe.ict_alpha, batch)
         blend = torch.tensor(beta, dtype=torch.float32).view(-1, 1, 1, 1)
@@ -421,15 +428,15 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, args.weights != "none").to(args.device)
     weights = "of the checkpoint" if args.checkpoint else load_weights(student, args.weights)
-    teacher = make_teacher(student, train_mode=True)  # as in the code; alike if frozen
+    teacher = make_teacher(student, train_mode=True)
     optimizer = torch.optim.Adam(student.parameter_groups(recipe.lr, recipe.head_factor))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
     )
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
+    session = run.Run(recipe, args, data, split, state, weights=weights, headline="teacher")
     weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
     transform = scale_crop_flip(**weak, mean=student.mean)
-    session = run.Run(recipe, args, data, split, state, weights=weights, headline="teacher")
     perturb = partial(unlabeled_loss, recipe, session.student, teacher, student.mean)
     mixes = recipe.perturbation in ("cowmix", "cutmix", "ict")
     batches_l, *batches_u = session.batches(recipe.batch_size, transform, streams=1 + mixes)
@@ -437,9 +444,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         sources = (batches_l,) if args.supervised else (batches_l, *batches_u)
         for image_l, label_l, *unlabeled in session.shares(*sources):
             if recipe.perturbation == "aug":  # of labeled images too (D.1.1)
-                generator = session.generator("labeled")
-                grid = warp_grid(draw_affine(recipe, len(image_l), generator), image_l.shape[2:])
-                image_l = warp(make_color(recipe, generator)(image_l), grid, student.mean)
+                matrix, color = draw_aug(recipe, len(image_l), session.generator("labeled"))
+                grid = warp_grid(matrix, image_l.shape[2:])
+                image_l = warp(color(image_l), grid, student.mean)
                 label_l = warp_label(label_l, grid)
             with session.forward(last=args.supervised):
                 logits_l = session.student(image_l)

@@ -10,7 +10,7 @@ length="--batch-size 4 --iterations 2000 --warmup 300"
 for run in supervised classmix; do
     flag=$([ "$run" = supervised ] && echo --supervised || true)
     # shellcheck disable=SC2086
-    python classmix.py --dataset camvid --data-dir "$data" --labeled 30 $small $adam $length $flag \
+    python classmix.py --dataset camvid --data-dir "$data" --labeled 30 --evaluate-split val $small $adam $length $flag \
         --output-dir "results/camvid/${run}_s0"
 done
 python benchmarks/table.py results/camvid

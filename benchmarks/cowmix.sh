@@ -21,7 +21,7 @@ if [ -n "$data" ]; then
     for run in supervised cowmix; do
         flag=$([ "$run" = supervised ] && echo --supervised || true)
         # shellcheck disable=SC2086
-        python cowmix.py --dataset camvid --data-dir "$data" --labeled 30 $small $length $flag \
+        python cowmix.py --dataset camvid --data-dir "$data" --labeled 30 --evaluate-split val $small $length $flag \
             --output-dir "results/camvid/unet_${run}_s0"
     done
     python benchmarks/table.py results/camvid

@@ -10,8 +10,6 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from common import InputError
-
 
 def _seeded(transform: Callable, seed: int, *inputs):
     """transform(*inputs) with torch's host randomness started from seed, and left as it was."""
@@ -38,9 +36,6 @@ def scale_crop_flip(
     color = [round(255 * value) for value in mean.flatten().tolist()]
     fill = {tv_tensors.Image: color, tv_tensors.Mask: 255}
     steps = [_typed]
-    for flag, off in (("--scale-range", scale_range == (1.0, 1.0)), ("--scales", scales == (1.0,))):
-        if not off and crop is None:
-            raise InputError(f"{flag}: needs --crop, as scaled images differ in size")
     if scale_range != (1.0, 1.0):
         steps.append(partial(_scale, scale_range=scale_range))
     if scales != (1.0,):

@@ -30,7 +30,8 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = None, argv=None):
     """(recipe, args) of a command line: a preset or a checkpoint's settings, then the flags given.
 
-    preset(dataset, flags given) is the recipe that they change, recipes[dataset] without it.
+    preset(dataset, **flags given, of those it takes) is the recipe that they change, without it
+    recipes[dataset].
     args.checkpoint is what --resume, --evaluate or --predict read, or None; args.method is method.
     """
     parser = _parser(method, doc, recipes)
@@ -40,13 +41,14 @@ def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = N
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     dataset = given.get("dataset", defaults["dataset"])
     defaults.update(DEFAULTS[dataset], method=method, checkpoint=None)
-    usual = preset(dataset, given) if preset else recipes[dataset]
+    usual, picks = recipes[dataset], {}
+    if preset is not None:
+        picks = {k: given[k] for k in inspect.signature(preset).parameters if k in given}
+        picks.pop("dataset", None)
+        usual = preset(dataset, **picks)
     recipe, args = _override(usual, defaults, given)
-    # Of what picks the preset, the folder's name tells what is not the data set's own.
-    usual = {
-        **asdict(usual),
-        **{k: getattr(recipes[dataset], k) for k in given if hasattr(usual, k)},
-    }
+    # The folder's name tells what picked the preset, not what came with it.
+    usual = replace(usual, **{name: getattr(recipes[dataset], name) for name in picks})
     folder = args.output_dir or default_folder(recipe, args, usual)
     named = (args.evaluate, args.predict and args.predict[0], args.resume)
     source = next((name for name in named if name is not None), None)
@@ -203,7 +205,7 @@ def _device(name: str | None) -> torch.device:
         raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
 
 
-def default_folder(recipe, args: argparse.Namespace, usual: dict) -> str:
+def default_folder(recipe, args: argparse.Namespace, usual) -> str:
     """runs/<method>_<dataset>_<labeled>_s<seed> and what differs from the usual recipe."""
     labeled = Path(args.labeled_list).stem if args.labeled_list else args.labeled.replace("/", "-")
     parts = [args.method, args.dataset, labeled, f"s{args.seed}"]
@@ -212,7 +214,7 @@ def default_folder(recipe, args: argparse.Namespace, usual: dict) -> str:
     parts += [] if args.weights == default else [f"weights-{Path(args.weights).stem}"]
     parts += ["supervised"] * args.supervised
     for name, value in asdict(recipe).items():
-        if value != usual[name]:
+        if value != getattr(usual, name):
             text = "x".join(map(str, value)) if isinstance(value, tuple) else value
             parts.append(f"{name.replace('_', '-')}-{text}")
     name = "_".join(parts)

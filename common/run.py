@@ -74,8 +74,12 @@ def check_recipe(recipe, args: argparse.Namespace, *, smallest_share: int = 2) -
     """InputError where batch size or length leave nothing to mix.
 
     A batch is split over processes and --accumulate; a share is mixed within itself, unless
-    smallest_share is 1.
+    smallest_share is 1. Nor do scaled images of different sizes make a batch.
     """
+    for name, off in (("scale_range", (1.0, 1.0)), ("scales", (1.0,))):
+        if getattr(recipe, name, off) != off and recipe.crop is None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: needs --crop, as scaled images differ in size")
     shares = args.processes * args.accumulate
     if recipe.batch_size % shares:
         raise InputError(f"--batch-size {recipe.batch_size}: cannot be split into {shares} shares")

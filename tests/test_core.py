@@ -1,4 +1,4 @@
-"""What every method file promises: a core to copy, the same text for what two files share."""
+"""What every method file promises: a core to copy, shared text, runs that go on as they were."""
 
 import ast
 import builtins
@@ -9,6 +9,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+from common import run
+from common.deeplab import DeepLabV2
 
 METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
 ROOT = Path(__file__).parents[1]
@@ -49,3 +53,34 @@ def test_no_method_imports_another(method):
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert not modules & set(METHODS)
+
+
+OWN = {"cowmix": "--network deeplab", "c3semiseg": "--warmup 1 --per-class 3"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_same(method, command, camvid, tmp_path):
+    """To the bit, also in what is padded with the mean of weights that are not ImageNet's."""
+    state = DeepLabV2(11, layers=(1, 1, 1, 1), width=4).state_dict()
+    torch.save({**state, "mean": torch.full((3, 1, 1), 0.9)}, tmp_path / "weights.pth")
+    flags = "--labeled 4 --size 48 64 --crop 64 80 --batch-size 4 --layers 1 1 1 1 --width 4 "
+    flags += f"--workers 0 --iterations 4 --save-every 2 {OWN.get(method, '--warmup 1')}"
+    base = ("--dataset", "camvid", "--data-dir", camvid, "--weights", tmp_path / "weights.pth")
+    base += tuple(flags.split())
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(method, *base, "--output-dir", whole)[0] == 0
+    saved, save = [], run.Run._save
+
+    def stop(self, done):
+        save(self, done)
+        saved.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "_save", stop)
+        command(method, *base, "--output-dir", parts)
+    assert saved == [2]
+    assert command(method, "--resume", parts / "last.pt")[0] == 0
+    a, b = (torch.load(folder / "last.pt", weights_only=True)["state"] for folder in (whole, parts))
+    for network in ("student", "teacher"):
+        assert all(torch.equal(a[network][name], b[network][name]) for name in a[network])

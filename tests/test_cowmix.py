@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -434,6 +435,27 @@ def test_unet_pads_with_the_mean_colour_and_cuts_it_off(unet, size):
         assert unet.classify(features, (90, 80)).shape == (2, 5, 90, 80)
 
 
+def test_unet_s_decoder_is_figure_7(unet):
+    image = torch.rand(1, 3, 64, 96, generator=generator())
+    with torch.no_grad():
+        two, three, four, x = unet.stages(unet.normalize(image))
+        first, *others = unet.decoder
+        x = first(x).relu()
+        for skip in (four, three, two, None, None):
+            x = others.pop(0)(x).relu()
+            x = x if skip is None else torch.cat([x, skip], 1)
+            x = others.pop(0)(x).relu()
+        torch.testing.assert_close(unet(image), unet.classifier(x))
+
+
+def test_unet_is_unsure_at_first():
+    torch.manual_seed(0)
+    network = cowmix.UNet(11, layers=(1, 1, 1, 1), width=16, batch_norm="batch")
+    with torch.no_grad():
+        prob = network(torch.rand(2, 3, 64, 64, generator=generator())).softmax(1)
+    assert prob.amax(1).max() < 0.5
+
+
 def test_unet_loads_weights_by_torchvision_s_names(unet, tmp_path, monkeypatch):
     torch.manual_seed(1)
     other = cowmix.UNet(7, layers=(1, 1, 1, 1), width=16)
@@ -465,20 +487,91 @@ def test_pretrained_networks_keep_their_statistics():
 
 
 def test_presets_of_network_and_perturbation():
-    camvid = {kind: cowmix.preset("camvid", {"perturbation": kind}) for kind in KINDS}
+    camvid = {kind: cowmix.preset("camvid", perturbation=kind) for kind in KINDS}
     epochs = {kind: recipe.iterations / 367 for kind, recipe in camvid.items()}
     assert epochs == dict.fromkeys(KINDS, 300) | {"cutmix": 100, "aug": 50}
     shares = {kind: recipe.p_range for kind, recipe in camvid.items()}
     assert shares.pop("cowmix") == (0.5, 0.5) and set(shares.values()) == {(0.0, 1.0)}
+    assert {kind: recipe.perturbation for kind, recipe in camvid.items()} == {k: k for k in KINDS}
     for dataset, name in itertools.product(cowmix.RECIPES, ("unet", "deeplab")):
-        recipe = cowmix.preset(dataset, {"network": name})
+        recipe = cowmix.preset(dataset, name)
         assert recipe.network == name
         if dataset != "streets":
             assert recipe.lr == {"unet": 1e-4, "deeplab": 1e-5}[name]
             assert recipe.layers[2] == {"unet": 6, "deeplab": 23}[name]
             assert recipe.sigma_range == ((4, 16) if dataset == "camvid" else (8, 32))
-    batches = [cowmix.preset("cityscapes", {"network": n}).batch_size for n in ("unet", "deeplab")]
-    assert batches == [1, 2]
+
+
+PAPER = {  # size, crop, batch size, steps; section 4, D.3
+    ("camvid", "unet"): ((360, 480), None, 1, 110_100),
+    ("cityscapes", "unet"): ((512, 1024), None, 1, 100_000),
+    ("cityscapes", "deeplab"): ((512, 1024), None, 2, 40_000),
+    ("voc", "unet"): (None, (321, 321), 10, 40_000),
+    ("voc", "deeplab"): (None, (321, 321), 10, 40_000),
+}
+
+
+@pytest.mark.parametrize(("of", "numbers"), PAPER.items())
+def test_recipes_have_the_paper_s_numbers(of, numbers):
+    recipe = cowmix.preset(*of)
+    assert (recipe.size, recipe.crop, recipe.batch_size, recipe.iterations) == numbers
+    same = (recipe.consistency_weight, recipe.confidence_threshold, recipe.ema_decay)
+    assert same == (10, 0.97, 0.99) and (recipe.lr_power, recipe.head_factor) == (0, 1)
+    assert (recipe.scale_range, recipe.flip) == ((1, 1), False)  # D.1 is a perturbation
+    aug = (recipe.translation, recipe.scaling, recipe.rotation, recipe.brightness, recipe.contrast)
+    assert aug == (4, (0.8, 1.25), 15, 0.1, 1.1) and recipe.ict_alpha == 0.1
+
+
+def perturbed(kind, seed=0, **changes):
+    """unlabeled_loss of two batches of four: what it was made of, and the batches."""
+    recipe = cowmix.Recipe(perturbation=kind, sigma_range=(1.0, 2.0), **changes)
+    image_a, image_b = torch.rand(2, 4, 3, 9, 12, generator=generator(4)).unbind(0)
+    student, fill = Stub(0), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    _, seen = cowmix.unlabeled_loss(recipe, student, Stub(1), fill, image_a, image_b, seed=seed)
+    return seen, image_a, image_b, fill
+
+
+@pytest.mark.parametrize("kind", ["cowmix", "cutmix", "cowout", "cutout"])
+def test_what_each_perturbation_shows_the_student(kind):
+    seen, image_a, image_b, fill = perturbed(kind, p_range=(0.3, 0.3))
+    other = image_b if kind.endswith("mix") else image_a  # where M = 1
+    rest = image_a if kind.endswith("mix") else fill.expand_as(image_a)
+    mask = seen["mask"].unsqueeze(1)
+    assert torch.equal(seen["image_mix"], torch.where(mask, other, rest))
+    is_box = all(torch.equal(m, m.any(1)[:, None] & m.any(0)) for m in seen["mask"])
+    assert is_box == kind.startswith("cut")
+    share = seen["mask"].float().mean().item()  # p is that of False in cow masks, of True in boxes
+    assert share == pytest.approx(0.7 if kind.startswith("cow") else 0.3, abs=0.1)
+    assert not torch.equal(seen["mask"], perturbed(kind, 1, p_range=(0.3, 0.3))[0]["mask"])
+    if kind == "cutout":
+        turned = perturbed(kind, p_range=(0.3, 0.3), cutout_keeps="outside")[0]["mask"]
+        assert torch.equal(turned, ~seen["mask"])
+
+
+def test_ict_blends_each_pair_by_its_own_share():
+    seen, image_a, image_b, _ = perturbed("ict", ict_alpha=1.0)
+    share = (seen["image_mix"] - image_a).flatten(1) / (image_b - image_a).flatten(1)
+    assert share.std(1).max() < 1e-3  # one for all pixels
+    assert len({round(value, 3) for value in share.mean(1).tolist()}) == 4
+    assert "mask" not in seen
+
+
+def test_aug_changes_places_and_colours_of_both(monkeypatch):
+    handed, loss = [], cowmix.aug_loss
+    monkeypatch.setattr(cowmix, "aug_loss", lambda *given: handed.append(given) or loss(*given))
+    _, image, _, fill = perturbed("aug", translation=0.0, rotation=0.0, scaling=(1.0, 1.0))
+    _, _, given, a, b, color, given_fill, threshold = handed[0]
+    assert given is not None and torch.equal(given, image) and torch.equal(given_fill, fill)
+    assert threshold == 0.97 and a.shape == b.shape == (4, 3, 3) and not torch.equal(a, b)
+    assert not torch.equal(color(image), color(image))
+    teacher = handed[0][1]
+    for network, matrix in ((handed[0][0], a), (teacher, b)):
+        moved_only = warp(image, warp_grid(matrix, (9, 12)), fill)
+        assert not torch.allclose(network.images[0], moved_only, atol=0.01)
+        # Brighter and of more contrast, no more: a line through the values of each image.
+        for x, y in zip(moved_only, network.images[0], strict=True):
+            inside = (y > 0.001) & (y < 0.999)
+            assert np.corrcoef(x[inside], y[inside])[0, 1] > 0.999
 
 
 BASE = ("--labeled", 4, "--weights", "none", "--layers", 1, 1, 1, 1, "--width", 4, "--workers", 0)
@@ -560,11 +653,21 @@ def test_standard_augmentation_warps_labels_with_their_images(
         seen.append(label)
         return loss(logits, label)
 
+    def spy_network(self, image):
+        shown.extend([image] if self.training and torch.is_grad_enabled() else [])
+        return forward(self, image)
+
+    shown, forward = [], cowmix.UNet.forward
     monkeypatch.setattr(cowmix, "cross_entropy", spy)
-    flags = ("--perturbation", "aug", "--scaling", 0.5, 0.5, "--supervised")
+    monkeypatch.setattr(cowmix.UNet, "forward", spy_network)
+    flags = ("--perturbation", "aug", "--scaling", 0.5, 0.5, "--supervised", "--brightness", 0)
     weights_after(command, camvid, tmp_path / "run", *flags)
     edge = torch.stack(seen)[:, :, [0, -1]]
     assert edge.eq(255).all() and not torch.stack(seen).eq(255).all()
+    # The colours of the data set tell the class: images have been moved with their labels.
+    for image, label in zip(shown, seen, strict=True):
+        red = [image[:, 0][label == k].mean().item() for k in range(3) if (label == k).any()]
+        assert len(red) > 1 and red == sorted(red) and red[-1] - red[0] > 0.02
 
 
 def test_the_part_that_is_evaluated(command, camvid, tmp_path):
@@ -579,37 +682,22 @@ def test_the_part_that_is_evaluated(command, camvid, tmp_path):
     assert status == 2 and "--evaluate-split test" in errors
 
 
-def test_the_folder_names_network_and_perturbation(command, camvid, tmp_path, monkeypatch):
+def test_the_folder_names_what_was_asked_for(command, camvid, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ("--perturbation", "cutmix", "--network", "deeplab", "--iterations", 1)
-    status, _, errors = command(
-        "cowmix", "--dataset", "camvid", "--data-dir", camvid, *BASE, "--size", 48, 64, *flags
-    )
-    assert (status, errors) == (0, "")
-    (name,) = (path.name for path in (tmp_path / "runs").iterdir())
-    assert name.startswith(
-        "cowmix_camvid_4_s0_weights-none_network-deeplab_perturbation-cutmix_size"
-    )
-    assert "lr" not in name and "p-range" not in name  # they come with the flags
-
-
-def test_a_resumed_run_is_the_same(command, camvid, tmp_path):
-    base = ("--dataset", "camvid", "--data-dir", camvid, *BASE, "--size", 48, 64, "--save-every", 2)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command("cowmix", *base, "--iterations", 4, "--output-dir", whole)[0] == 0
-    saved = []
-    original = run.Run._save
-
-    def stop(self, done):
-        original(self, done)
-        saved.append(done)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_save", stop)
-        command("cowmix", *base, "--iterations", 4, "--output-dir", parts)
-    assert saved == [2]
-    assert command("cowmix", "--resume", parts / "last.pt")[0] == 0
-    a, b = (torch.load(folder / "last.pt", weights_only=True)["state"] for folder in (whole, parts))
-    for name in NETWORKS:
-        assert all(torch.equal(a[name][k], b[name][k]) for k in a[name])
+    base = ("--dataset", "camvid", "--data-dir", camvid, *BASE, "--size", 48, 64, "--batch-size", 2)
+    names = {}
+    for flags in ("cutmix", "cutmix --p-range 0.5 0.5", "cutmix --p-range 0 1", "cutmix --lr 1e-3"):
+        before = set(Path("runs").glob("*"))
+        run_one = ("--perturbation", *flags.split(), "--iterations", 1)
+        assert command("cowmix", *base, *run_one)[::2] == (0, "")
+        (folder,) = set(Path("runs").glob("*")) - before
+        names[flags] = folder.name.partition("s0_weights-none_")[2]
+    small = "perturbation-cutmix_size-48x64_batch-size-2_iterations-1{}_layers-1x1x1x1_width-4"
+    assert names["cutmix"] == small.format("")
+    assert names["cutmix --p-range 0 1"] == small.format("") + "-2"  # the preset's own
+    assert "p-range-0.5x0.5" in names["cutmix --p-range 0.5 0.5"]
+    assert names["cutmix --lr 1e-3"] == small.format("_lr-0.001")
+    deeplab = ("--network", "deeplab", "--lr", 1e-4, "--iterations", 1)
+    assert command("cowmix", *base, *deeplab)[0] == 0
+    (folder,) = Path("runs").glob("*network-deeplab*")
+    assert "lr-0.0001" in folder.name and "head-factor" not in folder.name
