@@ -15,32 +15,35 @@ No code was published: this file is the reference. Where the paper is silent or 
 - half of which classes: C/2 "where C is the total number of classes", as section 3.1 has it, not
   of those in the block (section 1), since a large p leaves mostly blocks of one class, of which
   half is none, and hardly anything would be mixed (--classes present);
-- C odd: floor(C/2), as ClassMix has it, 9 of Cityscapes' 19;
-- p is one for the batch, uniform (--blocks; a value given twice is drawn twice as often); sides
-  that p does not divide: blocks differ by a pixel; p is at most the shorter side;
+- p, "for each iteration", is one for the batch, and uniform, as nothing favours a value (--blocks;
+  a value given twice is drawn twice as often);
 - "only when the confidence is sufficiently high": the loss is weighted by the share of confident
   pixels, as in ClassMix, whose ablation finds a filter of pixels worse (--weighting pixel,
-  --weight-scope, --confidence-threshold); lambda is that share times 1 (--unlabeled-weight);
+  --weight-scope, --confidence-threshold); lambda is that share times 1 (--unlabeled-weight); masks
+  are made of all pseudo-labels, the unsure ones too, or most early masks would be empty;
 - initial training on labels: 1000 of the 40000 steps, a short stage that keeps the rest near
   ClassMix, without a new start of the learning rate (--warmup; 0 is ClassMix's start);
-- the teacher's decay grows to 0.99 from the end of that stage on, when it is the student's copy,
-  batch-norm statistics too (--ema-decay); these statistics stay the student's, as in ClassMix;
-- 1/N in equations 2 and 3 is the mean over pixels too: otherwise the loss would be 524288 times
-  ClassMix's at the same learning rate (--lr, --unlabeled-weight for other scales);
+- the teacher's decay grows to 0.99, ClassMix's, from the end of that stage on, when it is the
+  student's copy, batch-norm statistics too (--ema-decay); these stay the student's, as in ClassMix;
+- whether the five runs had different labeled images: here they have (--split-seed N: the same);
 - pretraining of the network: ImageNet, which can be downloaded (--weights FILE for COCO);
 - no Nesterov momentum (--nesterov), power 0.9 as in the cited DeepLab (--lr-power), classifiers at
   10 times the learning rate as in ClassMix's code (--head-factor);
 - the labeled images are not used as unlabeled ones too, as in ClassMix's code (--unlabeled all).
-Without a flag, as in classmix.py, so that the two differ in the mask: each image is pasted on the
-next one of the batch; pseudo-labels are hard, with which equation 3 is the cross-entropy; the
+Without a flag: floor(C/2) for odd C, as ClassMix has it, 9 of Cityscapes' 19; blocks differ by a
+pixel where p does not divide a side, p is at most the shorter one, as each block needs pixels; the
+1/N of equations 2 and 3, "labeled examples" in both, is the mean over images and pixels, otherwise
+the loss would be 524288 times ClassMix's at its learning rate. And, as in classmix.py, so that the
+two differ in the mask and in the teacher's start alone: each image is pasted on the next one of the
+batch; pseudo-labels are hard, with which equation 3 is the cross-entropy; the
 teacher makes them (the paper writes the student's parameters for the teacher's twice); images are
 resized bilinearly, labels by the nearest pixel; batch statistics, frozen affine parameters
 (trained with --weights none); the student's last iterate is reported, beside it the teacher's.
 
     python complexmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125 --seed 0
 
-With --seed 0 to 4 that makes five runs as the paper's, each with its own labeled images, for
-which it reports 62.25 +- 1.22% mIoU (1/30: 53.88, 1/4: 64.07, 1/2: 66.77); not rerun yet.
+With --seed 0 to 4 that makes the paper's five runs, for which it reports 62.25 +- 1.22% mIoU
+(1/30: 53.88, 1/4: 64.07, 1/2: 66.77); not rerun.
 """
 
 import argparse
@@ -78,7 +81,7 @@ class Recipe:
     head_factor: float = 10.0  # classifiers learn at head_factor * lr (silent)
     lr_power: float = 0.9  # lr * (1 - iteration / iterations) ** lr_power (3.2; silent)
     momentum: float = 0.9  # of SGD (3.2)
-    nesterov: bool = False  # (silent)
+    nesterov: bool = False  # momentum (silent)
     weight_decay: float = 5e-4  # of all that learns (3.2)
     ema_decay: float = 0.99  # of the teacher, min(1 - 1 / (t + 1), ema_decay) (silent)
     blocks: tuple[int, ...] = (4, 16, 64, 128)  # blocks a side, p is one of them (3.1)
@@ -89,13 +92,13 @@ class Recipe:
     confidence_threshold: float = 0.968  # least confidence (silent)
     layers: tuple[int, int, int, int] = (3, 4, 23, 3)  # bottlenecks a stage: ResNet-101 (3.2)
     width: int = 64  # channels of the stem
-    aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations of the classifiers (3.2)
+    aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations of DeepLab-v2's classifiers
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
 SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
 ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
-# The paper has Cityscapes alone; the others are not in it: the numbers of classmix.py.
+# The paper has Cityscapes alone; the others are not in it: classmix.py's numbers but for warmup.
 RECIPES = {
     "cityscapes": Recipe(),
     "voc": VOC,
@@ -152,7 +155,7 @@ def complex_mask(
         present = table.flatten(1).scatter(1, index, True).view_as(table)[..., :num_classes]
         scores = scores.masked_fill(~present, torch.inf)
         number = present.sum(2, keepdim=True)
-    order = scores.argsort(2)
+    order = scores.expand(batch, p * p, num_classes).argsort(2)
     half = (torch.arange(num_classes, device=device) < number // 2).expand_as(order)
     chosen = table.scatter(2, order, half)
     return chosen.flatten(1).gather(1, index).view_as(pseudo_label)
