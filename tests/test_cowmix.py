@@ -289,6 +289,7 @@ def test_recolor():
     [
         (moved(mirror=-1.0), moved()),
         (moved(x=3, y=1), moved()),
+        (moved(x=3), moved(x=3)),  # out of the picture for both
         (moved(), moved(x=-2, y=3)),
         (moved(x=1, mirror=-1.0), moved(x=-2, y=3)),
     ],
@@ -639,6 +640,8 @@ def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
     assert [stream for _, stream in drawn] == [0, 1, 2]
     assert [sorted(indices) for indices, _ in drawn] == [list(range(8))] * 3
     assert "headline: teacher" in printed
+    optimizer = torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]["optimizer"]
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0}
     drawn.clear()
     weights_after(command, camvid, tmp_path / "cut", "--perturbation", "cutout", "--labeled", 3)
     assert [len(indices) for indices, _ in drawn] == [3, 8]
