@@ -297,15 +297,15 @@ def test_recolor():
 def test_predictions_are_aligned(a, b):
     """A network of single pixels is consistent wherever both see the same place."""
     image, network = images(1)[0], Stub(0, kernel=1)
-    loss, seen = cowmix.aug_loss(network, network, image, a, b, nn.Identity(), GREY, 0.5)
-    assert loss < 1e-10 and seen["confident"] > 0.5
+    loss, seen = cowmix.aug_loss(network, network, image, a, b, nn.Identity(), GREY, 0.9)
+    assert loss < 1e-10 and 0.1 < seen["confident"] < 0.9
     inside = torch.zeros(2, 9, 12)
     for y, x in itertools.product(range(9), range(12)):  # of the student's picture
         place = torch.tensor([x - 5.5, y - 4, 1.0])
         source = torch.linalg.inv(a[0]) @ place
         both = torch.stack([source, b[0] @ source])[:, :2].abs()
         inside[:, y, x] = (both <= torch.tensor([6, 4.5])).all()
-    expected = (network(seen["image_mix"]).softmax(1).amax(1) > 0.5).float()
+    expected = (network(seen["image_mix"]).softmax(1).amax(1) > 0.9).float()
     assert seen["confident"].item() == pytest.approx(
         ((expected * inside).sum() / inside.sum()).item()
     )
