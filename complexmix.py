@@ -43,7 +43,8 @@ resized bilinearly, labels by the nearest pixel; batch statistics, frozen affine
     python complexmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125 --seed 0
 
 With --seed 0 to 4 that makes the paper's five runs, for which it reports 62.25 +- 1.22% mIoU
-(1/30: 53.88, 1/4: 64.07, 1/2: 66.77); not rerun.
+(1/30: 53.88, 1/4: 64.07, 1/2: 66.77); not rerun. Measured: 55.9% mIoU on streets with 32 labels,
+ClassMix 56.6%, supervised 51.5% (3 seeds; README.md, results/).
 """
 
 import argparse
