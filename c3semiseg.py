@@ -12,24 +12,26 @@ sets are drawn together within a class and pushed apart between classes.
     c3_loss, loss_weights                terms of equation 7 and their weights (section 4.1)
     scale_crop_flip, randaugment         section 3.2: A, A-hat
 
-Where the paper is silent or its published code (which cannot run) differs; each has a flag:
-- L_consist is averaged over the K classes too, as in the code: lambda_1 = 50 is 50 / 19 = 2.63 in
-  equation 2's units (to the letter: --consistency-weight 950); the code's L_contrast has a factor
-  temperature / 0.1: lambda_2 = 0.1 is 0.15 in equation 5's units (paper: --contrast-weight 0.1);
-- averages are over the pixels of a group, as in the code (equations 1, 2: --average image);
-- equation 5's labeled embeddings are the student's, detached, as in the code and figure 1 (to the
-  letter: --contrast-labeled teacher); P_i leaves out i; road counts (code: --no-contrast-road);
+Where the paper is silent or its published code (which cannot run) differs, and the other way:
+- L_consist is averaged over the K classes too (code): 50 is 50 / K in equation 2's units, 2.63 for
+  19 (paper: --consistency-weight 950). The code multiplies L_contrast by temperature / 0.1: 0.1 is
+  0.15 in equation 5's units (paper: --contrast-weight 0.1);
+- averages are over the pixels of a group (code; equations 1, 2: --average image);
+- equation 5's labeled embeddings are the student's (code, figure 1; to the letter:
+  --contrast-labeled teacher); road counts (code: --no-contrast-road);
 - the code's optimizer holds the backbone three times over at a tenth of the rate: about that is
   the default 0.3 (meant: --backbone-factor 0.1, the paper has one rate: 1.0);
 - four classifier branches as in DeepLab-v2; the code sums two (--aspp-rates 6 12);
-- ten epochs of warm-up are 2500 steps (code: --warmup 2250). As in the code, labeled pixels are
-  contrasted in it, student with student, and lambda_2 ramps up from its start;
+- ten epochs of warm-up are 2500 steps (code: 2250), in which labeled pixels are contrasted and
+  lambda_2 ramps up (code; paper: --no-warmup-contrast);
 - images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size).
-Without a flag: rotation, by whole degrees, is before the crop (code: after it for labeled images)
-and leaves its corners in L_consist; --keep 1 is no DCRS, BDD100K has scales and RandAugment, no
-labeled image is used unlabeled, alpha is 0.99 at once (code: not so). As in the code: no weight
-decay, teacher updated before the forward pass, batch norm frozen (--weights none: trained, batch
-statistics in both networks), student evaluated. README.md has the flags of tables 3 to 7.
+Without a flag: labeled images have no strong colours (4.1, not figure 1's caption); P_i leaves out
+i; embeddings are detached on one side, but not where labeled pixels meet labeled ones alone;
+rotation, by whole degrees, is before the crop, its corners stay in L_consist; --keep 1 is no DCRS,
+BDD100K is scaled and has RandAugment, labeled images are not used unlabeled, alpha is 0.99 at once
+(code: not so); no weight decay, teacher updated first in a step, batch norm frozen (--weights none:
+trained, each batch's statistics in both networks), student evaluated (as the code). Table 3:
+--supervised, --consistency-weight 0 (mixing stays), --contrast none; "Full": --labeled 1.0.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 """
@@ -84,6 +86,7 @@ class Recipe:
     contrast_ramp: int = 250  # steps of its ramp, from the start (code)
     contrast: Literal["both", "labeled", "unlabeled", "none"] = "both"  # sets; D of table 4
     contrast_labeled: Literal["student", "teacher"] = "student"  # whose embeddings; paper: teacher
+    warmup_contrast: bool = True  # of labeled pixels in the warm-up (code); paper: no (4.1)
     contrast_road: bool = True  # class 0 as well; code: no
     per_class: int = 20  # pixels of each image and class (4.1)
     hard_sampling: bool = True  # half of them wrong ones (3.3); S of table 4
@@ -227,6 +230,10 @@ def contrast_loss(embedding, contrast, label, logits, *, temperature, first_clas
     label = label.masked_fill(label < first_class, 255)
     prediction = F.interpolate(logits.detach(), size, mode="bilinear").argmax(1)
     index, label = sample_pixels(label, prediction, num_classes=num_classes, **sampling)
+    if (groups := len(embedding) * num_classes) > 256:  # those with pixels first, in little memory
+        index, label = index.view(groups, -1), label.view(groups, -1)
+        first = (label[:, 0] == 255).int().argsort(stable=True)[:256]
+        index, label = index[first].flatten(), label[first].flatten()
     f, g = (e.movedim(1, 3).flatten(0, 2)[index] for e in (embedding, contrast))
     return pixel_contrast_loss(f, label, g, label, temperature, exclude_self=True)
 
@@ -354,6 +361,7 @@ def loss_weights(recipe: Recipe, iteration: int) -> dict[str, float]:
     """1, lambda_1, lambda_2 of equation 7 (sec. 4.1)."""
     ramp_u = sigmoid_ramp(iteration - recipe.warmup, recipe.consistency_ramp)
     weight_c = recipe.contrast_weight * sigmoid_ramp(iteration, recipe.contrast_ramp)
+    weight_c *= recipe.warmup_contrast or iteration >= recipe.warmup
     return {"loss_l": 1.0, "loss_u": recipe.consistency_weight * ramp_u, "loss_c": weight_c}
 
 
@@ -377,9 +385,9 @@ def label_groups(session: run.Run, teacher, regions, views, images: list) -> lis
 
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
     """Teacher, its labels of all groups, thresholds; equation 7 group by group, step."""
-    groups = math.ceil(recipe.batch_size / (args.processes * recipe.group_size))
-    args.accumulate = max(args.accumulate, groups)  # a share of the batch is a group
-    run.check_recipe(recipe, args)
+    groups = -(-recipe.batch_size // (args.processes * recipe.group_size))  # of a process
+    accumulate = max(args.accumulate, groups)  # a share of the batch is a group
+    run.check_recipe(recipe, args, smallest_share=1, accumulate=accumulate)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     split = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
@@ -404,7 +412,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     sampling = {"per_class": recipe.per_class, "hard": recipe.hard_sampling}
     sampling |= {"temperature": recipe.temperature, "first_class": 0 if recipe.contrast_road else 1}
     contrast = None if student.projection is None else partial(contrast_loss, **sampling)
-    session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
+    own = {"weights": weights, "headline": "student", "accumulate": accumulate}
+    session = run.Run(recipe, args, data, split, state, **own)
     weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
     transform = scale_crop_flip(**weak, flip=recipe.flip, mean=student.mean)
     batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
@@ -430,7 +439,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
                 else:
                     terms, seen = warmup_loss(session.student, labeled, **how)
             loss = sum(weight[name] * term for name, term in terms.items())  # equation 7
-            (loss / args.accumulate).backward()
+            (loss / accumulate).backward()
             session.log(**terms)
         optimizer.step()
         schedule.step()

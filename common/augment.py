@@ -1,6 +1,5 @@
 """Random changes of images, on top of torchvision.transforms.v2, repeatable for a seed."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -94,38 +93,34 @@ def randaugment(
     """augment(seed, image), float (B,3,H,W) in [0,1] -> the same: jitter, RandAugment's colours.
 
     A "weak" view has neither, "jitter" the first, "strong" both. jitter is torchvision's strength
-    of brightness, contrast and saturation. Each image draws its operations from OPERATIONS, with
-    replacement; each is done with probability, at a magnitude normal around the one given
-    (standard deviation 0.5), within 0 and 10. 8-bit, as with PIL.
+    of brightness, contrast and saturation, hue that of hue (0.5 at most). Each image draws its
+    operations from OPERATIONS, with replacement; each is done with probability, at a magnitude
+    normal around the one given (standard deviation 0.5), within 0 and 10. 8-bit, as with PIL.
     """
     if view == "weak":
         return lambda _, image: image
-    color = v2.ColorJitter(jitter, jitter, jitter, hue)
+    color = v2.ColorJitter(jitter, jitter, jitter, min(hue, 0.5))
     count = operations if view == "strong" else 0
     draw = partial(_draw_operations, count, probability, magnitude)
 
     def change(image: Tensor) -> Tensor:
-        image = torch.stack([color(single) for single in image.mul(255).round().byte()])
-        for drawn in zip(*(draw() for _ in image), strict=True):  # each image's first, second, ...
-            rows_of = defaultdict(list)
-            for row, operation in enumerate(drawn):
-                if operation is not None:
-                    rows_of[operation].append(row)
-            for (name, level), rows in rows_of.items():  # alike ones in one call
-                image[rows] = OPERATIONS[name](image[rows], level)
-        return image.float().div(255)
+        images = [color(single) for single in image.mul(255).round().byte()]
+        # One by one: to pick out those of an operation, an index would have to reach the device.
+        for row, drawn in enumerate([draw() for _ in images]):
+            for name, level in drawn:
+                images[row] = OPERATIONS[name](images[row], level)
+        return torch.stack(images).float().div(255)
 
     return partial(_seeded, change)
 
 
 def _draw_operations(operations: int, probability: float, magnitude: float) -> list:
-    """An image's operations, each its name and magnitude in [0,1] (0 without one), or None."""
+    """What is done to an image: names of operations and their magnitudes in [0,1]."""
     drawn = []
     for _ in range(operations):
         name = list(OPERATIONS)[torch.randint(len(OPERATIONS), ()).item()]
         level = min(max(magnitude + 0.5 * torch.randn(()).item(), 0.0), 10.0) / 10
-        level = 0.0 if name in ("auto-contrast", "equalize", "invert") else level
-        drawn.append((name, level) if torch.rand(()).item() < probability else None)
+        drawn += [(name, level)] * (torch.rand(()).item() < probability)
     return drawn
 
 

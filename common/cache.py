@@ -84,12 +84,22 @@ def _locked(path: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_UN)  # worker processes have the file open, too
 
 
+def _try_lock(file) -> None:
+    """BlockingIOError where another process reads the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        pass
+
+
 def _remove(old: Path) -> None:
     """What is stale, damaged or left by a killed run, unless another run reads it."""
     with suppress(OSError):
         if (old / "images.npy").is_file():
             with (old / "images.npy").open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _try_lock(file)
         shutil.rmtree(old)
 
 

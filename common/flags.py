@@ -145,9 +145,9 @@ def _options(name: str, kind, presets: Iterable) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     zero = any(0 in (preset if isinstance(preset, tuple) else (preset,)) for preset in presets)
-    zero = zero or name in ("warmup", "rotation")
+    zero = zero or name in ("warmup", "rotation", "operations")
     smallest = 0 if zero or (kind is float and not is_range) else {int: 1, float: 0.01}[kind]
-    smallest = {"size": 16, "crop": 16, "ict_alpha": 0.01}.get(name, smallest)
+    smallest = {"size": 16, "crop": 16, "ict_alpha": 0.01, "temperature": 0.01}.get(name, smallest)
     share = name.endswith(("probability", "decay", "threshold", "momentum", "p_range"))
     smallest = 0 if share else smallest
     return {**options, "type": _number(smallest, kind, 1.0 if share else math.inf)}
@@ -171,7 +171,8 @@ def _override(recipe, defaults: dict, given: dict):
         off = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,)}
         changes = {**{k: v for k, v in off.items() if hasattr(recipe, k)}, **changes}
     for name, value in changes.items():
-        if isinstance(value, tuple) and isinstance(value[0], float) and value[0] > value[-1]:
+        ordered = isinstance(value, tuple) and isinstance(value[0], float) and name != "scales"
+        if ordered and value[0] > value[-1]:
             raise InputError(f"--{name.replace('_', '-')}: {value[0]} is above {value[-1]}")
     return replace(recipe, **changes), argparse.Namespace(**{**defaults, **others})
 

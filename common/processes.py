@@ -29,31 +29,39 @@ def ending(method: str) -> Iterator[None]:
 
     Of several processes only the first in trouble prints: the others' is its consequence.
     """
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    handlers = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
+        if common.store is None:  # else torchrun may still signal this process, which has ended
+            _restore(handlers)
         return
-    except InputError as error:
+    except (InputError, OSError) as error:
         # A loader process wraps the message in a traceback, whose last line it is.
         line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
         status = 2
-    except OSError as error:
-        line, status = str(error), 2
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         line, status = f"stopped by {signal.Signals(number).name}", 128 + number
-    except Exception as error:
+    except RuntimeError as error:
         if not dist.is_initialized() or not _LOST.search(str(error)):
             is_first_to("end")  # what the others lose now has its reason in this traceback
             raise
-        line, status = "another process is gone; --resume auto goes on", 1
+        cause = str(error).strip().splitlines()[0]
+        line, status = f"another process is gone ({cause}); --resume auto goes on", 1
     _ignore_signals()
     if is_first_to("end"):
         print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     if dist.is_initialized():
+        sys.stdout.flush()
         os._exit(status)  # the process group cannot be left in an orderly way any more
+    _restore(handlers)
     sys.exit(status)
+
+
+def _restore(handlers: dict) -> None:
+    """Who calls main() from a program of their own keeps their signals."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def stop(number: int, _) -> NoReturn:

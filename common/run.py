@@ -4,7 +4,6 @@ A method file calls main(), which hands its train() a recipe and the flags; trai
 around its networks and goes through steps().
 """
 
-import argparse
 import json
 import platform
 import shlex
@@ -66,23 +65,23 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
             train(recipe, args)
             leave()
         elif args.rank == 0:  # one process is enough
-            run = predict_pictures if args.evaluate is None else evaluate_checkpoint
-            run(recipe, args, network)
+            (predict_pictures if args.predict else evaluate_checkpoint)(recipe, args, network)
 
 
-def check_recipe(recipe, args: argparse.Namespace, *, smallest_share: int = 2) -> None:
+def check_recipe(recipe, args, *, smallest_share: int = 2, accumulate: int | None = None) -> None:
     """InputError where batch size or length leave nothing to mix.
 
-    A batch is split over processes and --accumulate; a share is mixed within itself, unless
-    smallest_share is 1. Nor do scaled images of different sizes make a batch.
+    A batch is split over processes and accumulate (--accumulate unless given); a share is mixed
+    within itself, unless smallest_share is 1. Nor do images of different scales make a batch.
     """
     for name, off in (("scale_range", (1.0, 1.0)), ("scales", (1.0,))):
         if getattr(recipe, name, off) != off and recipe.crop is None:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag}: needs --crop, as scaled images differ in size")
-    shares = args.processes * args.accumulate
+    shares = args.processes * (accumulate or args.accumulate)
     if recipe.batch_size % shares:
-        raise InputError(f"--batch-size {recipe.batch_size}: cannot be split into {shares} shares")
+        why = f"cannot be split into {shares} shares" + " (--group-size)" * (accumulate is not None)
+        raise InputError(f"--batch-size {recipe.batch_size}: {why}")
     if args.supervised:
         return
     if recipe.batch_size < smallest_share * shares:
@@ -96,7 +95,8 @@ class Run:
 
     split holds the indices of the labeled and of the unlabeled images; state what a checkpoint
     keeps: student, teacher, optimizer and schedule. With args.checkpoint they go on from there.
-    headline names the network that the paper reports, "student" or "teacher".
+    headline names the network that the paper reports, "student" or "teacher"; accumulate is the
+    number of shares that a process makes of its batch, --accumulate unless given.
     """
 
     def __init__(
@@ -109,9 +109,11 @@ class Run:
         *,
         weights: Loaded | str,
         headline: str,
+        accumulate: int | None = None,
     ):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
         self.headline, self.share, self.first = headline, 0, args.rank == 0
+        self.accumulate = accumulate or args.accumulate
         self.networks = {name: state[name] for name in ("student", "teacher")}
         self.names = [data.train.names[index] for index in split[0]]
         self.scored = data.scored(args.evaluate_split)
@@ -120,6 +122,8 @@ class Run:
         if args.checkpoint is not None:
             self._restore(args.checkpoint)
         self.iteration, self.began, self.signal = self.start, self.seconds, 0
+        if agree(self.start) != -agree(-self.start):
+            raise InputError("--resume: not the same checkpoint in all processes; share the folder")
         board = summary_writer() if args.tensorboard else None
         self.folder = self._make_folder()
         self.board = board(self.folder) if board and self.first else None
@@ -161,18 +165,18 @@ class Run:
     def shares(self, *batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
         """The next batches' tensors, share by share."""
         tensors = [tensor for batch in batches for tensor in next(batch)]
-        chunks = [tensor.chunk(self.args.accumulate) for tensor in tensors]
+        chunks = [tensor.chunk(self.accumulate) for tensor in tensors]
         for self.share, share in enumerate(zip(*chunks, strict=True)):
             yield share
 
     def forward(self, *, last: bool) -> AbstractContextManager:
         """Around a forward pass of the student; gradients are exchanged after the last one only."""
-        last = last and self.share == self.args.accumulate - 1
+        last = last and self.share == self.accumulate - 1
         return nullcontext() if last or self.args.processes == 1 else self.student.no_sync()
 
     def step_seed(self, purpose: str) -> int:
         """Of this share's randomness; depends only on seed, step, purpose and share."""
-        share = self.args.rank * self.args.accumulate + self.share
+        share = self.args.rank * self.accumulate + self.share
         words = (self.args.seed, self.iteration, zlib.crc32(purpose.encode()), share)
         return int(np.random.SeedSequence(words).generate_state(1)[0])
 
@@ -215,6 +219,8 @@ class Run:
         if done % self.eval_every and done != last:
             return
         self._progress(done)
+        if done < last:  # evaluating may take longer than torchrun waits for a signalled process
+            self._save(done)
         if not self.first:
             return
         scores = score(self.networks, self.data, self.args)
@@ -240,8 +246,7 @@ class Run:
         )
         print(f"weights: {weights}")
         print(f"evaluation: last iterate, whole images at {self.recipe.size or 'their own size'}")
-        compiled = "compiled" if args.compile else "not compiled"
-        print(f"{args.device}, {args.precision}, torch {torch.__version__}, {compiled}")
+        print(f"{args.device}, {args.precision}, torch {torch.__version__}, compile {args.compile}")
         resumed = f"resumed at iteration {self.start}; " * (self.start > 0)
         print(f"{resumed}output in {self.folder}", flush=True)
 

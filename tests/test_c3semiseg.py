@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
 import c3semiseg
@@ -169,7 +169,6 @@ def test_laws_of_the_drawn_operations():
     assert len(augment.OPERATIONS) == 10
     for name in augment.OPERATIONS:
         assert names.count(name) / len(names) == pytest.approx(0.1, abs=0.015)
-    assert all(level == 0 for name, level in operations if name in ("invert", "equalize"))
 
 
 def test_operations_by_hand():
@@ -187,6 +186,35 @@ def test_operations_by_hand():
     assert values("brightness", 1.0)[:3] == [0, 190, 241]
     assert values("color", 1.0) == image[0, 0, 0].tolist()  # grey stays
     assert values("auto-contrast", 0) == image[0, 0, 0].tolist()
+
+
+def test_operations_equal_pillow_s():
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    picture, image = Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)
+    for r in (0.6, 1.0):
+        others = {
+            "color": ImageEnhance.Color(picture).enhance(1.8 * r + 0.1),
+            "contrast": ImageEnhance.Contrast(picture).enhance(1.8 * r + 0.1),
+            "brightness": ImageEnhance.Brightness(picture).enhance(1.8 * r + 0.1),
+            "sharpness": ImageEnhance.Sharpness(picture).enhance(1.8 * r + 0.1),
+            "equalize": ImageOps.equalize(picture),
+            "auto-contrast": ImageOps.autocontrast(picture),
+        }
+        for name, expected in others.items():
+            ours = augment.OPERATIONS[name](image, r).permute(1, 2, 0).numpy()
+            gap = np.abs(ours.astype(int) - np.asarray(expected).astype(int))
+            assert gap[1:-1, 1:-1].max() <= 2, name  # sharpness has its own edges
+            assert name == "auto-contrast" or (ours != pixels).mean() > 0.5, name
+
+
+def test_the_jitter_view_changes_every_property():
+    image = torch.from_numpy(np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32))
+    nothing = (0, 0.0, 0.0)  # of RandAugment
+    hue = randaugment("jitter", 0.0, 0.25, *nothing)(3, image)
+    torch.testing.assert_close(hue.amax(1), image.amax(1), atol=0.02, rtol=0)  # same value
+    assert (hue - image).abs().amax((1, 2, 3)).min() > 0.1
+    jitter = randaugment("jitter", 0.5, 0.0, *nothing)(3, image)
+    assert (jitter.amax(1) - image.amax(1)).abs().amax((1, 2)).min() > 0.02
 
 
 @pytest.mark.parametrize("order", ["wide", "high"])
@@ -456,6 +484,8 @@ def test_an_image_of_fewer_pixels_than_a_sample():
 def test_projection_head():
     head = c3semiseg.ProjectionHead(2048)
     assert sum(p.numel() for p in head.parameters()) == 590_336
+    for convolution in (head[0], head[2]):
+        assert convolution.weight.std().item() == pytest.approx(0.01, rel=0.05)
     head = c3semiseg.ProjectionHead(6, 8)
     out = head(randn(2, 6, 4, 5))
     assert out.shape == (2, 8, 4, 5) and out.dtype == torch.float32
@@ -907,13 +937,16 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
     def weights(net):
         return torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
 
+    buffers, seeds = [], []
+
     def updated(args, kwargs, _):
+        buffers.append(kwargs["buffers"])
         return "ema", kwargs["decay"], weights(args[0]), weights(args[1])
 
     spy(c3semiseg, "update_teacher", updated)
 
     def darken(view, *_):
-        return lambda _, image: image * {"weak": 1.0, "strong": 0.5}[view]
+        return lambda seed, image: seeds.append(seed) or image * {"weak": 1.0, "strong": 0.5}[view]
 
     monkeypatch.setattr(c3semiseg, "randaugment", darken)
     spy(c3semiseg, "label_images", lambda a, k, r: ("teacher", a[1], r[1]))
@@ -933,6 +966,10 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
     assert names == [*warm, *warm, *semi, *semi, *semi]
     updates = [call for call in calls if call[0] == "ema"]
     assert [decay for _, decay, *_ in updates] == [0, 0, 0, 0.6, 0.6]
+    assert buffers == ["copy"] * 3 + ["keep"] * 2
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 2  # of steps, groups and views
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["args"]["accumulate"] == 1  # more processes may go on with fewer groups each
     teacher, student = updates[2][2:]
     assert torch.equal(teacher, student)  # at the first semi-supervised step
     expected = 0.6 * teacher + 0.4 * updates[3][3]  # of the previous step
@@ -973,16 +1010,78 @@ def test_rates_and_schedule(command, camvid, tmp_path):
     step_log(command, camvid, tmp_path / "run", "--backbone-factor", 0.3, "--iterations", 5)
     backbone, heads = state_of(tmp_path / "run")["optimizer"]["param_groups"]
     assert backbone["initial_lr"] == pytest.approx(9e-4) and heads["initial_lr"] == 3e-3
-    assert backbone["weight_decay"] == 0
-    factors = [(1 - t / 25_000) ** c3semiseg.Recipe.lr_power for t in (2250, 6250, 12_500, 24_999)]
-    assert factors == pytest.approx([0.9186, 0.7719, 0.5359, 0.0001], abs=1e-4)
+    assert backbone["weight_decay"] == 0 and backbone["lr"] == heads["lr"] == 0  # at the end
+    step_log(command, camvid, tmp_path / "stop", "--iterations", 10)
+    rates = [entry["lr"] for entry in read_log(tmp_path / "stop") if "lr" in entry]
+    assert rates[-1] == 0 and len(rates) > 1
+    for entry in read_log(tmp_path / "stop"):
+        if "lr" in entry:
+            factor = (1 - entry["iteration"] / 10) ** c3semiseg.Recipe.lr_power
+            assert entry["lr"] == pytest.approx(3e-3 * factor, rel=1e-6)
+
+
+def test_recipes_have_the_paper_s_numbers():
+    cityscapes, bdd = c3semiseg.RECIPES["cityscapes"], c3semiseg.RECIPES["bdd100k"]
+    assert (cityscapes.size, cityscapes.crop, cityscapes.scales) == ((512, 1024), (256, 512), (1,))
+    assert (cityscapes.batch_size, cityscapes.group_size, cityscapes.warmup) == (16, 4, 2_500)
+    assert (bdd.size, bdd.crop, bdd.scales) == ((720, 1280), (512, 512), (0.75, 1, 1.25))
+    assert (bdd.batch_size, bdd.group_size, bdd.iterations, bdd.warmup) == (8, 2, 20_000, 5_000)
+    assert cityscapes.iterations == 25_000
+    for recipe in (cityscapes, bdd):
+        assert (recipe.keep, recipe.threshold_momentum, recipe.initial_threshold) == (0.8, 0.9, 0.9)
+        assert (recipe.lr, recipe.lr_power, recipe.ema_decay) == (1.2e-4, 0.9, 0.99)
+        assert (recipe.temperature, recipe.per_class, recipe.embedding) == (0.15, 20, 256)
+        assert (recipe.consistency_weight, recipe.consistency_ramp) == (50, 4_000)
+        assert (recipe.contrast_weight, recipe.contrast_ramp) == (0.15, 250)
+        assert (recipe.jitter, recipe.hue, recipe.rotation, recipe.flip) == (0.5, 0.25, 10, True)
+        assert (recipe.operations, recipe.operation_probability, recipe.magnitude) == (2, 0.5, 10)
+
+
+def test_the_teacher_embeds_the_labeled_images_of_the_group(command, camvid, tmp_path, monkeypatch):
+    embedded, label_images, loss, groups = {}, c3semiseg.label_images, c3semiseg.c3_loss, []
+
+    def spy_teacher(teacher, image):
+        result = label_images(teacher, image)
+        embedded[result[3].data_ptr()] = (image, result[3])  # kept: no other has its place
+        return result
+
+    def spy_loss(student, labeled, *others, **how):
+        groups.append(labeled)
+        return loss(student, labeled, *others, **how)
+
+    monkeypatch.setattr(c3semiseg, "label_images", spy_teacher)
+    monkeypatch.setattr(c3semiseg, "c3_loss", spy_loss)
+    step_log(command, camvid, tmp_path / "run", "--group-size", 2, "--contrast-labeled", "teacher")
+    assert groups
+    for image, _, embedding in groups:
+        assert torch.equal(embedded[embedding.data_ptr()][0], image)
+
+
+def test_contrast_of_many_classes_in_bounded_memory(monkeypatch):
+    """150 classes of 4 images, few of them there: as with a slot for each."""
+    label = randint(3, 4, 12, 16) * 70
+    logits, embedding = randn(4, 150, 12, 16), randn(4, 8, 12, 16, seed=1)
+    sizes, loss = [], c3semiseg.pixel_contrast_loss
+    how = {"per_class": 10, "hard": True}
+    monkeypatch.setattr(
+        c3semiseg, "pixel_contrast_loss", lambda *a, **k: sizes.append(len(a[0])) or loss(*a, **k)
+    )
+    value = c3semiseg.contrast_loss(
+        embedding, embedding, label, logits, temperature=0.15, generator=generator(), **how
+    )
+    index, chosen = c3semiseg.sample_pixels(
+        label, logits.argmax(1), num_classes=150, generator=generator(), **how
+    )
+    f = embedding.movedim(1, 3).flatten(0, 2)[index]
+    torch.testing.assert_close(value, loss(f, chosen, f, chosen, 0.15, exclude_self=True))
+    assert sizes == [2560] and (chosen != 255).sum() == 4 * 3 * 10
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--group-size", 1), "no other to be mixed with"),
         (("--batch-size", 4, "--group-size", 3, "--accumulate", 3), "cannot be split into 3"),
+        (("--batch-size", 5, "--group-size", 4), "(--group-size)"),
         (("--scales", 0.5, 1.0), "--scales: needs --crop"),
         (("--warmup", 4), "--warmup 4"),
     ],
