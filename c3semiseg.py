@@ -34,6 +34,8 @@ trained, each batch's statistics in both networks), student evaluated (as the co
 --supervised, --consistency-weight 0 (mixing stays), --contrast none; "Full": --labeled 1.0.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
+
+Measured: 57.3% mIoU on streets with 32 labels, supervised 54.0% (3 seeds; README.md, results/).
 """
 
 import argparse
