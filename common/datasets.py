@@ -224,8 +224,8 @@ def _read_label(path: Path, table: np.ndarray) -> np.ndarray:
     label = table[ids]
     if (label == INVALID).any():
         wrong = ", ".join(map(str, np.unique(ids[label == INVALID])[:5]))
-        known = np.flatnonzero(table != INVALID)[:-1].tolist()
-        raise InputError(f"{path}: label id {wrong} is none of {known} and not void, {VOID}")
+        known = np.flatnonzero(table != INVALID).tolist()
+        raise InputError(f"{path}: label id {wrong} is none of {known}")
     return label
 
 

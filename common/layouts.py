@@ -62,7 +62,10 @@ def _cityscapes_files(root: Path):
     endings = (endings, (f"_gtFine{kind}.png",))
     files = {part: _pairs(images / part, labels / part, endings=endings) for part in parts}
     mapped = [_CITYSCAPES_IDS.index(i) if i in _CITYSCAPES_IDS else VOID for i in range(34)]
-    return files, _table(mapped if kind == "_labelIds" else range(19)), *_classes(_CITYSCAPES)
+    table = _table(mapped if kind == "_labelIds" else range(19))
+    if kind == "_labelIds":
+        table[VOID] = INVALID  # it tells training ids under that name, which would be read wrong
+    return files, table, *_classes(_CITYSCAPES)
 
 
 def _voc_files(root: Path):

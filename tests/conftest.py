@@ -26,7 +26,7 @@ def write_pair(image_path: Path, label_path: Path | None, size, num_classes=3, s
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(image_path)
     if label_path is not None:
         label_path.parent.mkdir(parents=True, exist_ok=True)
-        label[0, 0] = 255 if num_classes != 11 else 11
+        label[0, 0] = {11: 11, 34: 0}.get(num_classes, 255)  # void, as the data set has it
         Image.fromarray(label).save(label_path)
 
 

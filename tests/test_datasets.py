@@ -291,11 +291,6 @@ def test_scale_stays_in_its_range():
     assert 20 <= min(heights) < 26 and 54 < max(heights) <= 60
 
 
-def test_scale_without_crop_is_refused():
-    with pytest.raises(InputError, match="--crop"):
-        scale_crop_flip(scale_range=(0.5, 1.5), crop=None, flip=False, mean=torch.zeros(3, 1, 1))
-
-
 def test_jitter_and_blur_draw_for_each_image_from_the_seed_alone():
     image = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)).expand(
         6, -1, -1, -1

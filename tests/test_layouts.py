@@ -351,3 +351,12 @@ def test_each_layout_trains_and_is_evaluated(
     shutil.rmtree(sorted(data.iterdir())[0])
     status, _, errors = command("classmix", *args, "--iterations", 2, "--output-dir", out / "b")
     assert status == 2 and errors.count("\n") == 1 and errors.startswith("classmix.py: ")
+
+
+def test_training_ids_under_the_name_of_label_ids_are_refused(tmp_path):
+    root = write_cityscapes(tmp_path, kinds=("labelTrainIds",))
+    for path in root.rglob("*_labelTrainIds.png"):
+        path.rename(str(path).replace("labelTrainIds", "labelIds"))
+    data = open_dataset("cityscapes", root)
+    with pytest.raises(InputError, match="label id 255 is none of"):
+        data.train[0]

@@ -255,7 +255,7 @@ BAD_FLAGS = [
     (("--labeled-list", "nowhere.txt"), "--labeled-list"),
     (("--warmup", "9"), "--warmup 9"),
     (("--evaluate", ""), "no such checkpoint"),
-    (("--scale-range", "0.5", "2"), "--scale-range"),
+    (("--scale-range", "0.5", "2"), "--scale-range: needs --crop"),
     (("--device", "meta"), "meta"),
     (("--batch-size", "-1"), "--batch-size"),
     (("--lr", "nan"), "--lr"),
