@@ -64,7 +64,9 @@ def test_a_resumed_run_is_the_same(method, command, camvid, tmp_path):
     state = DeepLabV2(11, layers=(1, 1, 1, 1), width=4).state_dict()
     torch.save({**state, "mean": torch.full((3, 1, 1), 0.9)}, tmp_path / "weights.pth")
     flags = "--labeled 4 --size 48 64 --crop 64 80 --batch-size 4 --layers 1 1 1 1 --width 4 "
-    flags += f"--workers 0 --iterations 4 --save-every 2 {OWN.get(method, '--warmup 1')}"
+    flags += (
+        f"--workers 0 --iterations 4 --save-every 2 --eval-every 4 {OWN.get(method, '--warmup 1')}"
+    )
     base = ("--dataset", "camvid", "--data-dir", camvid, "--weights", tmp_path / "weights.pth")
     base += tuple(flags.split())
     whole, parts = tmp_path / "whole", tmp_path / "parts"
