@@ -23,7 +23,6 @@ TINY = """--dataset camvid --labeled 4 --size 48 64 --weights none --layers 1 1 
 OWN = {
     "classmix": "--warmup 2 --optimizer adam --head-factor 1 --extra-augmentations",
     "cowmix": "--confidence-threshold 0.1",
-    "complexmix": "--warmup 2 --optimizer adam --head-factor 1 --confidence-threshold 0.1",
     "c3semiseg": "--warmup 2 --per-class 3 --consistency-ramp 2 --initial-threshold 0.15 "
     "--scales 0.7 1 --crop 40 48",
 }
@@ -75,7 +74,9 @@ def test_two_processes_equal_one_that_accumulates_two_shares(camvid, tmp_path, m
         for name, tensor in states[0][network].items():
             if "running" not in name and "num_batches" not in name:
                 torch.testing.assert_close(tensor, states[1][network][name], rtol=1e-3, atol=1e-4)
-    run = start(2, "--evaluate", tmp_path / "two/last.pt", tiny="", method=method)
+    if method != "classmix":  # evaluating is the same for all
+        return
+    run = start(2, "--evaluate", tmp_path / "two/last.pt", tiny="")
     table, errors = run.communicate(timeout=120)
     assert run.returncode == 0 and table.count("mIoU") == 1 and errors.count("warning: ") == 1
 
