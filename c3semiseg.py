@@ -30,8 +30,7 @@ i; embeddings are detached on one side, but not where labeled pixels meet labele
 rotation, by whole degrees, is before the crop, its corners stay in L_consist; --keep 1 is no DCRS,
 BDD100K is scaled and has RandAugment, labeled images are not used unlabeled, alpha is 0.99 at once
 (code: not so); no weight decay, teacher updated first in a step, batch norm frozen (--weights none:
-trained, each batch's statistics in both networks), student evaluated (as the code). Table 3:
---supervised, --consistency-weight 0 (mixing stays), --contrast none; "Full": --labeled 1.0.
+trained, each batch's statistics in both networks), student evaluated (as the code).
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -45,7 +44,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,6 +52,7 @@ from common.augment import randaugment, scale_crop_flip
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
 from common.ema import make_teacher, update_teacher
+from common.processes import gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +195,7 @@ class ProjectionHead(nn.Sequential):
         nn.init.normal_(second.weight, std=0.01)
 
     def forward(self, features: Tensor) -> Tensor:
+        """The embedding of each pixel, of length 1."""
         return F.normalize(super().forward(features).float(), dim=1)
 
 
@@ -374,12 +374,8 @@ def label_groups(session: run.Run, teacher, regions, views, images: list) -> lis
         targets.append(label_images(teacher, views[0](session.step_seed("teacher"), image)))
         strong.append(views[1](session.step_seed("student"), image))
     prob, confidence, pseudo_label, embedding = zip(*targets, strict=True)
-    own = everyone = [torch.cat(confidence), torch.cat(pseudo_label)]
-    if args.processes > 1:
-        everyone = [x.new_empty(args.processes * len(x), *x.shape[1:]) for x in own]
-        for whole, part in zip(everyone, own, strict=True):
-            dist.all_gather_into_tensor(whole, part)
-    confident = regions.update(*everyone).chunk(args.processes)[args.rank]
+    own = torch.cat(confidence), torch.cat(pseudo_label)
+    confident = regions.update(*map(gather, own)).chunk(args.processes)[args.rank]
     session.log(confident=confident.float().mean())
     label = own[1].masked_fill(~confident, 255).chunk(len(images))
     return list(zip(strong, prob, label, embedding, strict=True))
@@ -408,9 +404,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     )
     state = {"student": student, "teacher": teacher, "regions": regions}
     state |= {"optimizer": optimizer, "schedule": schedule}
-    how = recipe.operations, recipe.operation_probability, recipe.magnitude
-    kinds = recipe.teacher_view, recipe.student_view
-    views = [randaugment(kind, recipe.jitter, recipe.hue, *how) for kind in kinds]
+    colors = recipe.jitter, recipe.hue
+    colors += recipe.operations, recipe.operation_probability, recipe.magnitude
+    views = [randaugment(kind, *colors) for kind in (recipe.teacher_view, recipe.student_view)]
     sampling = {"per_class": recipe.per_class, "hard": recipe.hard_sampling}
     sampling |= {"temperature": recipe.temperature, "first_class": 0 if recipe.contrast_road else 1}
     contrast = None if student.projection is None else partial(contrast_loss, **sampling)

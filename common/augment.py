@@ -105,7 +105,7 @@ def randaugment(
 
     def change(image: Tensor) -> Tensor:
         images = [color(single) for single in image.mul(255).round().byte()]
-        # One by one: to pick out those of an operation, an index would have to reach the device.
+        # torchvision takes one strength for a whole batch, but each image has drawn its own.
         for row, drawn in enumerate([draw() for _ in images]):
             for name, level in drawn:
                 images[row] = OPERATIONS[name](images[row], level)

@@ -72,10 +72,10 @@ class Images(Dataset):
         sources = [path for pair in self.files for path in pair if path is not None]
         settings = (self.size, self.label_table.tolist())
         place = self.cache_dir / cache.key(self.cache_dir, sources, settings)
-        # More would not fit in the 64 MB of shared memory that containers have by default.
-        workers = min(8, os.cpu_count() or 1, len(self))
+        # What more have ready does not fit in the 64 MB of shared memory that containers have.
+        options = {"num_workers": min(16, os.cpu_count() or 1, len(self)), "prefetch_factor": 1}
         # They end themselves when this process is killed, unlike those of a process pool.
-        items = DataLoader(self, None, num_workers=workers, worker_init_fn=start_worker)
+        items = DataLoader(self, None, **options, worker_init_fn=start_worker)
         there = cache.build(place, len(self), items) if build else cache.is_sound(place)
         self.cache = place if there else None
         self.cache_dir = None  # once, even if it cannot be written

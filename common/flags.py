@@ -64,6 +64,12 @@ def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = N
         folder = args.output_dir or str(Path(source).parent)
     args.output_dir_given, args.source = args.output_dir is not None, source
     args.output_dir = folder
+    _complete(args)
+    return recipe, args
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Fill in what depends on another setting, on the machine or on torchrun."""
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
     args.device = _device(args.device)
     # torchrun's; one process without it.
@@ -75,7 +81,6 @@ def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = N
     args.compile = cuda if args.compile is None else args.compile
     if args.workers is None:
         args.workers = 0 if args.dataset == "streets" else min(8, os.cpu_count() or 1)
-    return recipe, args
 
 
 def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:

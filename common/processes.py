@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 import common
@@ -123,6 +124,15 @@ def agree(number: int = 0) -> int:
     largest = torch.tensor(number)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The processes' tensors behind one another, in all of them: (B,...) -> (processes*B,...)."""
+    if not dist.is_initialized():
+        return tensor
+    whole = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(whole, tensor)
+    return whole
 
 
 def is_first_here() -> bool:

@@ -96,20 +96,12 @@ class Run:
     split holds the indices of the labeled and of the unlabeled images; state what a checkpoint
     keeps: student, teacher, optimizer and schedule. With args.checkpoint they go on from there.
     headline names the network that the paper reports, "student" or "teacher"; accumulate is the
-    number of shares that a process makes of its batch, --accumulate unless given.
+    number of shares that a process makes of its batch, --accumulate unless given; weights says
+    where the student's come from.
     """
 
     def __init__(
-        self,
-        recipe,
-        args,
-        data: Data,
-        split: tuple,
-        state: dict,
-        *,
-        weights: Loaded | str,
-        headline: str,
-        accumulate: int | None = None,
+        self, recipe, args, data: Data, split, state: dict, *, weights, headline, accumulate=None
     ):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
         self.headline, self.share, self.first = headline, 0, args.rank == 0
@@ -131,6 +123,12 @@ class Run:
         self.log_every = max(10, min(100, length // 50))
         self.eval_every = args.eval_every or max(1, length // 8)
         self.save_every = args.save_every or max(1, length // 40)
+        self.student = self._ready_networks()
+        self._announce(weights)
+
+    def _ready_networks(self) -> torch.nn.Module:
+        """Both as the device likes them; the student, whose gradients the processes share."""
+        args = self.args
         torch.backends.cudnn.benchmark = True
         for network in self.networks.values():
             if args.device.type == "cuda":
@@ -139,11 +137,9 @@ class Run:
             network.forward = autocast(args)(network.forward)
             if args.compile:
                 network.compile()
-        self.student = state["student"]
-        if args.processes > 1:
-            # The first process's batch-norm statistics are everyone's.
-            self.student = DistributedDataParallel(self.student)
-        self._announce(weights)
+        student = self.state["student"]
+        # The first process's batch-norm statistics are everyone's.
+        return DistributedDataParallel(student) if args.processes > 1 else student
 
     def batches(
         self, batch_size: int, transform: Callable, *, warmup: int = 0, streams: int = 1

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -745,6 +746,9 @@ def test_weights_of_equation_7():
     early = [c3semiseg.loss_weights(recipe, t)["loss_c"] for t in (0, 125, 250)]
     ramp = [0.0067379, 0.2865048, 1]
     assert early == pytest.approx([0.15 * r for r in ramp], rel=1e-4)
+    paper = replace(recipe, warmup_contrast=False, contrast_ramp=5000)
+    contrast = [c3semiseg.loss_weights(paper, t)["loss_c"] for t in (0, 2499, 2500, 25_000)]
+    assert contrast == pytest.approx([0, 0, 0.15 * ramp[1], 0.15], rel=1e-4)
     assert round(50 / 19, 2) == 2.63
 
 
@@ -887,7 +891,8 @@ CHANGES = """--mixing intra | --mixing none | --teacher-view strong | --student-
 --contrast-labeled teacher | --no-contrast-road | --per-class 5 | --no-hard-sampling
 --temperature 0.5 | --embedding 5 | --keep 0.3 | --keep 1 | --threshold-momentum 0.1
 --initial-threshold 0.4 | --rotation 0 | --no-flip | --crop 32 48 | --group-size 2
---scales 0.75 1.25 --crop 32 48 | --ema-decay 0.1 | --warmup 1 | --backbone-factor 0.1"""
+--scales 0.75 1.25 --crop 32 48 | --ema-decay 0.1 | --warmup 1 | --backbone-factor 0.1
+--no-warmup-contrast"""
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The decoded cache, on generated files of Cityscapes' size."""
 
+import errno
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -211,6 +213,15 @@ def test_what_another_run_reads_is_not_removed(tmp_path):
     cache._arrays.cache_clear()
     cache.build(third, 3, items(nothing))
     assert list(first.parent.iterdir()) == [third]
+
+
+def test_without_locks_what_is_stale_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "none")))
+    first, second = (tmp_path / "cache" / name for name in ("first", "second"))
+    assert cache.build(first, 3, items(nothing))
+    cache._arrays.cache_clear()
+    assert cache.build(second, 3, items(nothing)) and cache.read(second, 0)[0].mean() == 1
+    assert list(first.parent.iterdir()) == [second]
 
 
 SLOW = """

@@ -171,6 +171,78 @@ def test_an_error_of_the_first_common_operation_is_one_line(monkeypatch):
         processes.join(args)
 
 
+def test_processes_that_found_other_checkpoints_are_refused(command, camvid, tmp_path, monkeypatch):
+    others = iter([3, -3])  # its iteration, then its negative
+    monkeypatch.setattr(run_module, "agree", lambda number=0: max(number, next(others)))
+    argv = ("--data-dir", camvid, "--output-dir", tmp_path / "run", "--resume", "auto")
+    status, _, errors = command("classmix", *TINY.split(), *OWN["classmix"].split(), *argv)
+    assert status == 2 and errors.count("\n") == 1 and "not the same checkpoint" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_evaluated_is_saved_before(command, camvid, tmp_path, monkeypatch):
+    saved, score = [], run_module.score
+
+    def spy_score(*what):
+        saved.append(torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"])
+        return score(*what)
+
+    monkeypatch.setattr(run_module, "score", spy_score)
+    argv = ("--data-dir", camvid, "--output-dir", tmp_path / "run", "--save-every", 99)
+    argv += ("--iterations", 7, "--eval-every", 2)
+    assert command("cowmix", *TINY.split()[:-2], *argv)[0] == 0
+    assert saved == [2, 4, 6, 6]  # after the last one the run's own end saves
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (None, ""),
+        (InputError("file: bad"), "cowmix.py: file: bad\n"),
+        (InputError("Traceback\n in a worker\ncommon.InputError: bad"), "cowmix.py: bad\n"),
+        (OSError(28, "No space left"), "cowmix.py: [Errno 28] No space left\n"),
+        (KeyboardInterrupt(signal.SIGTERM), "cowmix.py: stopped by SIGTERM\n"),
+    ],
+)
+def test_ends_in_one_line_and_with_the_caller_s_signals(capsys, error, line):
+    handlers = [signal.getsignal(number) for number in processes.SIGNALS]
+    try:
+        with processes.ending("cowmix"):
+            if error is not None:
+                raise error
+    except SystemExit as end:
+        assert end.code == (143 if "SIGTERM" in line else 2) and line
+    else:
+        assert line == ""
+    assert capsys.readouterr().err == line
+    assert [signal.getsignal(number) for number in processes.SIGNALS] == handlers
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [("[gloo] Connection closed by peer [10.0.0.1]\nstack", True), ("shape mismatch", False)],
+)
+def test_a_lost_process_is_told_from_a_bug(capsys, monkeypatch, initialized, message, lost):
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    handlers = {number: signal.getsignal(number) for number in processes.SIGNALS}
+    try:
+        with (
+            pytest.raises(SystemExit if lost and initialized else RuntimeError),
+            processes.ending("cowmix"),
+        ):
+            raise RuntimeError(message)
+    finally:
+        processes._restore(handlers)
+    errors = capsys.readouterr().err
+    if lost and initialized:
+        cause = "[gloo] Connection closed by peer [10.0.0.1]"
+        assert errors == f"cowmix.py: another process is gone ({cause}); --resume auto goes on\n"
+    else:
+        assert errors == ""
+
+
 class Swallows:
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)
