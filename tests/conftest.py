@@ -1,5 +1,6 @@
 """Small data sets on disk and a way to run a method file's command line in this process."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from scipy.io import savemat
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the networks of the tests are too small to share
+# The networks of the tests, and of the commands that they start, are too small to share.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def write_pair(image_path: Path, label_path: Path | None, size, num_classes=3, seed=0):

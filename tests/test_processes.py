@@ -36,9 +36,8 @@ def start(processes: int, *argv, restarts=0, method="classmix", script=None, tin
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [f"--max-restarts={restarts}"]
     command += [script or ROOT / f"{method}.py", *tiny.split(), *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, command)], env=env, text=True, **pipes)
+    return subprocess.Popen([*map(str, command)], text=True, **pipes)
 
 
 def lines_of_ours(errors: str) -> list[str]:
