@@ -156,7 +156,7 @@ def gaussian_matrix(n: int, sigma: Tensor, largest: float) -> Tensor:
     kernel = kernel / kernel[:, :period].sum(1, keepdim=True)
     # Row s holds the kernel at offsets s + 1 - n to s: below n those of j - i, above of i + j + 1.
     rows = kernel.unfold(1, n, 1)
-    return rows[:, :n].flip(1) + rows[:, n:]
+    return rows[:, :n].flip(1).add_(rows[:, n:])
 
 
 def cow_mask(
