@@ -28,9 +28,10 @@ Where the paper is silent or its published code (which cannot run) differs, and 
 Without a flag: labeled images have no strong colours (4.1, not figure 1's caption); P_i leaves out
 i; embeddings are detached on one side, but not where labeled pixels meet labeled ones alone;
 rotation, by whole degrees, is before the crop, its corners stay in L_consist; --keep 1 is no DCRS,
-BDD100K is scaled and has RandAugment, labeled images are not used unlabeled, alpha is 0.99 at once
-(code: not so); no weight decay, teacher updated first in a step, batch norm frozen (--weights none:
-trained, each batch's statistics in both networks), student evaluated (as the code).
+BDD100K is scaled and has RandAugment, labeled images are not used unlabeled, none is drawn twice an
+epoch, alpha is 0.99 at once (code: not so); no weight decay, teacher updated first in a step, batch
+norm frozen (--weights none: trained, each batch's statistics in both networks), student evaluated
+(as the code).
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -232,9 +233,10 @@ def contrast_loss(embedding, contrast, label, logits, *, temperature, first_clas
     label = label.masked_fill(label < first_class, 255)
     prediction = F.interpolate(logits.detach(), size, mode="bilinear").argmax(1)
     index, label = sample_pixels(label, prediction, num_classes=num_classes, **sampling)
-    if (groups := len(embedding) * num_classes) > 256:  # those with pixels first, in little memory
+    if (groups := len(embedding) * num_classes) > 256:  # some of those with pixels: little memory
         index, label = index.view(groups, -1), label.view(groups, -1)
-        first = (label[:, 0] == 255).int().argsort(stable=True)[:256]
+        score = torch.rand(groups, generator=sampling.get("generator"), device=label.device)
+        first = (score + (label[:, 0] == 255)).argsort()[:256]
         index, label = index[first].flatten(), label[first].flatten()
     f, g = (e.movedim(1, 3).flatten(0, 2)[index] for e in (embedding, contrast))
     return pixel_contrast_loss(f, label, g, label, temperature, exclude_self=True)
@@ -291,9 +293,7 @@ def warmup_loss(student: nn.Module, labeled: tuple, *, contrast, average, genera
     return terms, {"logits": logits.detach()}
 
 
-def c3_loss(
-    student, labeled: tuple, unlabeled: tuple, *, contrast, average, mixing, sets, generator=None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def c3_loss(student, labeled, unlabeled, *, contrast, average, mixing, sets, generator=None):
     """Terms of eq. 7 for n labeled and n unlabeled images, and what they were made of.
 
     labeled: image (n,3,H,W), label (n,H,W) int64, the teacher's embedding (n,D,h,w) or None for the
@@ -399,9 +399,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     backbone, heads = student.parameter_groups(recipe.lr, 1.0)
     backbone["lr"] *= recipe.backbone_factor
     optimizer = torch.optim.Adam([backbone, heads])
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
-    )
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     state = {"student": student, "teacher": teacher, "regions": regions}
     state |= {"optimizer": optimizer, "schedule": schedule}
     colors = recipe.jitter, recipe.hue

@@ -271,9 +271,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     )
     make_optimizer = sgd if recipe.optimizer == "sgd" else torch.optim.Adam
     optimizer = make_optimizer(groups, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
-    )
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     strong = jitter_and_blur(
         recipe.jitter, recipe.jitter_probability, recipe.blur_sigma, recipe.blur_probability

@@ -252,9 +252,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     )
     make_optimizer = sgd if recipe.optimizer == "sgd" else torch.optim.Adam
     optimizer = make_optimizer(groups, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
-    )
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
     weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}

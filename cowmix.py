@@ -21,7 +21,7 @@ Corrected in the listings:
 - 2 and 3: squared_diff is not defined, and the teacher takes no gradient.
 Where paper and published code (later; without cow masks and this U-Net) differ, as the paper:
 - the square is averaged over classes, weight 10 (code: summed, 1; that is --consistency-weight K);
-- a box has four random numbers, its area too (3.3); code: half (--p-range 0.5 0.5);
+- a box has four random numbers, its area too (3.3); CutMix's code: half (--p-range 0.5 0.5);
 - one learning rate; code: 3e-5, the backbone a tenth of it (--lr 3e-6 --head-factor 10);
 - four classifier branches as in DeepLab-v2; the code sums two (--aspp-rates 6 12);
 - images are not mirrored or scaled (code: --flip --scale-range 0.5 1.5), Cityscapes not cropped
@@ -30,10 +30,11 @@ CowOut has 300 epochs by table 1, as here, but 100 by D.3.3 (--iterations 36700)
 inside of the box, as 3.3 and the code do (--cutout-keeps outside: what others call CutOut). ICT's
 confidence is that of the blend, as in listing 3 (code: the blend of confidences).
 Not in the paper, from the code: constant learning rate; Beta(0.1, 0.1); teacher evaluated, its
-batch-norm statistics averaged too and those of the batch used, which matters with --weights none
-alone: else DeepLab's and the U-Net's encoder's are frozen. In neither: decoder without batch norm,
-ReLU, classifier near 0 at first, scales of D.1 log-uniform, b of D.1 in [0,1]. The COCO weights of
-the paper (--weights FILE) are hard to find: ImageNet's by default.
+batch-norm statistics averaged too and those of the batch used (--teacher-mode eval), which matters
+with --weights none alone: else DeepLab's and the U-Net's encoder's are frozen. In neither: decoder
+without batch norm, ReLU, classifier near 0 at first, scales of D.1 log-uniform, b of D.1 in [0,1],
+labeled images recolored too; padding of crops is neither scored nor counted as confident. The COCO
+weights of the paper (--weights FILE) are hard to find: ImageNet's by default.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -80,6 +81,7 @@ class Recipe:
     lr_power: float = 0.0  # lr * (1 - iteration / iterations) ** lr_power; not in the paper
     head_factor: float = 1.0  # decoder or classifiers learn at head_factor * lr; code: 10
     ema_decay: float = 0.99  # alpha of the teacher (D.3.1)
+    teacher_mode: Literal["train", "eval"] = "train"  # of the labeling teacher's batch norm (code)
     consistency_weight: float = 10.0  # of the unlabeled loss (4.1); figure 10
     confidence_threshold: float = 0.97  # listings 2 and 3
     sigma_range: tuple[float, float] = (4.0, 16.0)  # of cow masks, pixels (4.2); figure 12
@@ -160,7 +162,7 @@ def gaussian_matrix(n: int, sigma: Tensor, largest: float) -> Tensor:
 
 
 def cow_mask(
-    batch: int,
+    batch,
     size,
     *,
     sigma_range,
@@ -233,40 +235,38 @@ def consistency_loss(student: nn.Module, image: Tensor, prob: Tensor, fraction, 
     return square.mean() * fraction, {**seen, "confident": fraction}
 
 
-def mixing_loss(student, teacher, image_a, image_b, combine: Callable, threshold: float = 0.97):
-    """Equation 2 as listing 3: (B,3,H,W) twice -> scalar, what it was made of.
+def confident_fraction(prob: Tensor, threshold: float, valid: Tensor) -> Tensor:
+    """Of the valid pixels (D.3.4): (B,K,H,W), (B,H,W) bool -> scalar."""
+    return ((prob.amax(1) > threshold) & valid).sum() / valid.sum().clamp(min=1)
 
-    combine is the paper's mix(a, b, M) for one M, of images and probabilities alike.
+
+def mixing_loss(student, teacher, image_a, image_b, combine: Callable, valid, threshold=0.97):
+    """Equation 2 as listing 3: (B,3,H,W) twice, (B,H,W) bool -> scalar, what it was made of.
+
+    combine is the paper's mix(a, b, M), of images and probabilities alike; not valid is padding.
     """
     with torch.no_grad():
         prob_a, prob_b = (teacher(x).float().softmax(1) for x in (image_a, image_b))  # (l. 4-5)
         image_mix = combine(image_a, image_b)  # (l. 7)
         prob_mix = combine(prob_a, prob_b)  # (l. 8)
-        fraction = (prob_mix.amax(1) > threshold).float().mean()  # (l. 13)
-    return consistency_loss(student, image_mix, prob_mix, fraction)  # (l. 10, 15)
+        fraction = confident_fraction(prob_mix, threshold, valid)  # (l. 13)
+    return consistency_loss(student, image_mix, prob_mix, fraction, valid)  # (l. 10, 15)
 
 
-def cutout_loss(student, teacher, image, mask, fill: Tensor, threshold: float = 0.97):
-    """Section 3.3 as listing 2: (B,3,H,W), (B,H,W) bool -> scalar, what it was made of.
+def cutout_loss(student, teacher, image, mask, fill: Tensor, valid: Tensor, threshold=0.97):
+    """Section 3.3 as listing 2: (B,3,H,W), (B,H,W) bool twice -> scalar, what it was made of.
 
     The student sees fill (3,1,1), the mean colour, where the mask is False: 0 if normalised.
     """
     with torch.no_grad():
         prob = teacher(image).float().softmax(1)  # (l. 4)
         image_cut = mix(mask, image, fill)  # x M (l. 6)
-        fraction = (prob.amax(1) > threshold).float().mean()  # (l. 9)
-    return consistency_loss(student, image_cut, prob, fraction, mask)  # (l. 6, 11)
+        fraction = confident_fraction(prob, threshold, valid)  # (l. 9)
+    return consistency_loss(student, image_cut, prob, fraction, mask & valid)  # (l. 6, 11)
 
 
 def random_affine(
-    batch: int,
-    *,
-    flip: float,
-    translation: float,
-    scaling,
-    rotation: float,
-    generator=None,
-    device=None,
+    batch: int, *, flip: float, translation, scaling, rotation, generator=None, device=None
 ) -> Tensor:
     """Mirroring (with probability flip), scaling, rotation, translation of D.1: (B,3,3).
 
@@ -313,8 +313,8 @@ def recolor(image: Tensor, *, brightness: float, contrast: float, generator=None
     return (image * contrast ** normal[0] + brightness * normal[1]).clamp(0, 1)
 
 
-def aug_loss(student, teacher, image, matrix_a, matrix_b, color: Callable, fill, threshold=0.97):
-    """Section D.1.1: (B,3,H,W), (B,3,3) twice -> scalar, what it was made of.
+def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, threshold=0.97):
+    """Section D.1.1: (B,3,H,W), (B,3,3) twice, (B,H,W) bool -> scalar, what it was made of.
 
     The student sees the image changed by A, the teacher by B; the teacher's predictions are brought
     into the student's frame by A B^-1. Pixels that either does not see do not count.
@@ -326,8 +326,8 @@ def aug_loss(student, teacher, image, matrix_a, matrix_b, color: Callable, fill,
         grid = warp_grid(matrix_a @ torch.linalg.inv_ex(matrix_b)[0], size)
         prob = F.grid_sample(prob_b, grid, padding_mode="border", align_corners=False)
         image_a = warp(color(image), grid_a, fill)
-        mask = (torch.maximum(grid.abs(), grid_a.abs()) <= 1).all(-1)
-        fraction = ((prob.amax(1) > threshold) & mask).sum() / mask.sum().clamp(min=1)
+        mask = (grid.abs() <= 1).all(-1) & (warp_label(255 * (~valid).long(), grid_a) == 0)
+        fraction = confident_fraction(prob, threshold, mask)
     return consistency_loss(student, image_a, prob, fraction, mask)
 
 
@@ -393,20 +393,22 @@ def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Te
     return random_affine(batch, **how), partial(recolor, **color)
 
 
-def unlabeled_loss(recipe: Recipe, student, teacher, fill, image_a, image_b, *, seed: int):
-    """The recipe's perturbation of a batch (B,3,H,W), or of it and another -> loss, its parts."""
+def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *, seed: int):
+    """The recipe's perturbation of images (B,3,H,W) with labels (255: padding) -> loss, parts."""
+    (image_a, label_a), (image_b, label_b) = a, b
+    valid_a, valid_b = label_a != 255, label_b != 255
     kind, (batch, _, *size) = recipe.perturbation, image_a.shape
     generator = torch.Generator(image_a.device).manual_seed(seed)
     networks, threshold = (student, teacher), recipe.confidence_threshold
     if kind == "aug":
         (a, color), (b, _) = (draw_aug(recipe, batch, generator) for _ in "AB")
-        return aug_loss(*networks, image_a, a, b, color, fill, threshold)
+        return aug_loss(*networks, image_a, a, b, color, fill, valid_a, threshold)
     if kind == "ict":
         beta = np.random.default_rng(seed).beta(recipe.ict_alpha, recipe.ict_alpha, batch)
         blend = torch.tensor(beta, dtype=torch.float32).view(-1, 1, 1, 1)
         blend = blend.to(image_a.device, non_blocking=True)
         combine = partial(torch.lerp, weight=blend)
-        return mixing_loss(*networks, image_a, image_b, combine, threshold)
+        return mixing_loss(*networks, image_a, image_b, combine, valid_a & valid_b, threshold)
     draw = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
     if kind.startswith("cow"):
         mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **draw)
@@ -414,11 +416,11 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, image_a, image_b, *, 
         mask = box_mask(batch, size, **draw)
     if kind.endswith("mix"):
         # The paper's mix(a, b, M) is (1 - M) a + M b (3.3).
-        combined = (image_a, image_b, lambda a, b: mix(mask, b, a))
+        combined = image_a, image_b, lambda a, b: mix(mask, b, a), mix(mask, valid_b, valid_a)
         loss, seen = mixing_loss(*networks, *combined, threshold)
     else:
         mask = ~mask if (kind, recipe.cutout_keeps) == ("cutout", "outside") else mask
-        loss, seen = cutout_loss(*networks, image_a, mask, fill, threshold)
+        loss, seen = cutout_loss(*networks, image_a, mask, fill, valid_a, threshold)
     return loss, {**seen, "mask": mask}
 
 
@@ -430,11 +432,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, args.weights != "none").to(args.device)
     weights = "of the checkpoint" if args.checkpoint else load_weights(student, args.weights)
-    teacher = make_teacher(student, train_mode=True)
+    teacher = make_teacher(student, train_mode=recipe.teacher_mode == "train")
     optimizer = torch.optim.Adam(student.parameter_groups(recipe.lr, recipe.head_factor))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: (1 - i / recipe.iterations) ** recipe.lr_power
-    )
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = run.Run(recipe, args, data, split, state, weights=weights, headline="teacher")
     weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
@@ -458,12 +458,12 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
             samples = {"labeled": image_l, "truth": label_l, "logits": logits_l.detach()}
             if args.supervised:
                 continue
-            image_a, image_b = unlabeled[0], unlabeled[-2]  # two batches, or one
+            a, b = unlabeled[:2], unlabeled[-2:]  # two batches, or one
             with session.forward(last=True):
-                loss_u, seen = perturb(image_a, image_b, seed=session.step_seed("perturbation"))
+                loss_u, seen = perturb(a, b, seed=session.step_seed("perturbation"))
             (recipe.consistency_weight * loss_u / args.accumulate).backward()
             session.log(loss_u=loss_u, confident=seen.pop("confident"))
-            samples.update(unlabeled=image_a, **seen)
+            samples.update(unlabeled=a[0], **seen)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -48,6 +48,15 @@ def scale_crop_flip(
     return partial(_seeded, v2.Compose(steps))
 
 
+def without_label(transform: Callable) -> Callable:
+    """transform with a label that is void where it pads the image, else 0."""
+    return partial(_change, transform)
+
+
+def _change(transform: Callable, seed: int, image: Tensor, label: Tensor):
+    return transform(seed, image, torch.zeros_like(label))
+
+
 def _typed(image: Tensor, label: Tensor):
     return tv_tensors.Image(image), tv_tensors.Mask(label)
 

@@ -192,7 +192,8 @@ def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:
     elif label_path is not None:
         label = _open(label_path)
         # Pillow stretches grey values of fewer bits to 0-255; ids must be read as they are.
-        if label.mode not in ("L", "P") or label.tile[0][3] in ("L;2", "L;4"):
+        stretched = label.mode not in ("L", "P") or label.tile[0][3] in ("L;2", "L;4")
+        if label.format != "PNG" or stretched:  # a JPEG has other ids than what it was made of
             raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
         if label.size != size:
             raise InputError(f"{label_path}: {label.size} pixels, but {image_path.name} has {size}")

@@ -257,7 +257,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], str]:
     except Exception as error:  # torch.load raises nearly any type on a foreign file
         why = "not a file of tensors as torch.save writes"
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"holds a pickled {found[1]}, as a whole module does: save its state_dict()"
+            why = f"holds a pickled {found[1]}, not only tensors: save the state_dict() alone"
         raise InputError(f"--weights {path}: {why}") from error
     content = content if isinstance(content, dict) else {}
     names = dict.fromkeys((content.get("headline"), *WRAPPERS))
@@ -272,13 +272,14 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _check_hash(path: Path) -> None:
     """torch.hub's file names end in the first digits of the sha256: name-41f33a49.pth."""
-    named = re.search(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.", path.name)  # -20210507. is a date
+    # -20210507. is a date, -00040000. a number of steps
+    named = re.search(r"-(?!(20|00)\d{6}\.)([0-9a-f]{8,64})\.", path.name)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while named and (chunk := file.read(2**20)):
             digest.update(chunk)
-    if named and not digest.hexdigest().startswith(named[1]):
-        raise InputError(f"--weights {path}: sha256 is not {named[1]}...: damaged or another file")
+    if named and not digest.hexdigest().startswith(named[2]):
+        raise InputError(f"--weights {path}: sha256 is not {named[2]}...: damaged or another file")
 
 
 def _some(names: list[str]) -> str:

@@ -173,7 +173,10 @@ def score(networks: dict[str, nn.Module], data: Data, args: Namespace) -> dict[s
     """evaluate on --evaluate-split with the command line's device, workers and precision."""
     options = {"device": args.device, "workers": args.workers}
     _, images = data.scored(args.evaluate_split)
-    return evaluate(networks, images, data.num_classes, **options, autocast=partial(autocast, args))
+    options |= {"autocast": partial(autocast, args)}
+    # Images of many sizes would have cuDNN measure its algorithms for each of them.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=images.same_size):
+        return evaluate(networks, images, data.num_classes, **options)
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:

@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from shutil import which
 
 import torch
 
-from common import InputError
+from common import InputError, warn
 from common.datasets import DEFAULTS
 
 # With the recipe, what a resumed run cannot change.
@@ -70,6 +71,8 @@ def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = N
 
 def _complete(args: argparse.Namespace) -> None:
     """Fill in what depends on another setting, on the machine or on torchrun."""
+    if args.full_resolution and args.evaluate is None:
+        raise InputError("--full-resolution: goes with --evaluate")
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
     args.device = _device(args.device)
     # torchrun's; one process without it.
@@ -78,7 +81,11 @@ def _complete(args: argparse.Namespace) -> None:
     )
     cuda = args.device.type == "cuda"
     args.precision = args.precision or ("bf16" if cuda else "fp32")
-    args.compile = cuda if args.compile is None else args.compile
+    if args.compile is None:
+        # Triton builds its launchers with it.
+        args.compile = cuda and bool(os.environ.get("CC") or which("gcc") or which("clang"))
+        if cuda and not args.compile:
+            warn("no C compiler is here, so that networks are not compiled, which is slower")
     if args.workers is None:
         args.workers = 0 if args.dataset == "streets" else min(8, os.cpu_count() or 1)
 
@@ -206,7 +213,10 @@ def _device(name: str | None) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name).tolist()  # "meta" has no values
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda":  # what names no device uses this one too
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not here ({str(error).splitlines()[0]})") from error
 

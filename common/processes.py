@@ -20,6 +20,9 @@ from common import InputError, is_first_to
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN = 3.0  # seconds
+# Exchanged by agree and never freed: gloo's thread would need the interpreter for that, which
+# destroy_process_group keeps while it waits for the thread (seen with torch 2.5).
+_number = torch.zeros((), dtype=torch.int64)
 # What gloo and NCCL say when the other side of a connection has died.
 _LOST = re.compile("connection|closed by peer|reset by peer|broken pipe|nccl", re.IGNORECASE)
 
@@ -98,11 +101,8 @@ def meet() -> None:
 
 def join(args: Namespace) -> None:
     """Form a group with them; InputError where the devices cannot talk to each other."""
-    cuda = args.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(args.device)
     # What the hosts agree on goes by gloo, so that none of them waits for its device.
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
     group = {"store": common.store, "rank": args.rank, "world_size": args.processes}
     # The others wait while the first one evaluates or makes the cache.
     wait = timedelta(hours=3)
@@ -121,9 +121,8 @@ def agree(number: int = 0) -> int:
     """The largest of the processes' numbers, in all of them; each waits for the others."""
     if not dist.is_initialized():
         return number
-    largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    dist.all_reduce(_number.fill_(number), dist.ReduceOp.MAX)
+    return int(_number)
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import InputError, is_first_to
+from common.augment import without_label
 from common.datasets import Batches, Data, endless
 from common.deeplab import Loaded
 from common.evaluation import (
@@ -119,10 +120,9 @@ class Run:
         board = summary_writer() if args.tensorboard else None
         self.folder = self._make_folder()
         self.board = board(self.folder) if board and self.first else None
-        length = recipe.iterations
-        self.log_every = max(10, min(100, length // 50))
-        self.eval_every = args.eval_every or max(1, length // 8)
-        self.save_every = args.save_every or max(1, length // 40)
+        self.log_every = max(10, min(100, recipe.iterations // 50))
+        self.eval_every = args.eval_every or max(1, recipe.iterations // 8)
+        self.save_every = args.save_every or max(1, recipe.iterations // 40)
         self.student = self._ready_networks()
         self._announce(weights)
 
@@ -144,7 +144,10 @@ class Run:
     def batches(
         self, batch_size: int, transform: Callable, *, warmup: int = 0, streams: int = 1
     ) -> list[Iterator]:
-        """Endless labeled and unlabeled batches; the latter, of streams orders, after warmup."""
+        """Endless labeled batches; unlabeled ones, of streams orders, after warmup.
+
+        The labels of the latter are 255 where the image is padding, else 0.
+        """
         args, batches = self.args, []
         if is_first_here():
             self.data.train.prepare()
@@ -152,7 +155,8 @@ class Run:
         self.data.train.prepare(build=False)
         for stream in range(1 + streams):
             indices = self.split[min(stream, 1)]
-            what = (self.data.train, indices, batch_size, transform, args.seed, stream)
+            change = without_label(transform) if stream else transform
+            what = (self.data.train, indices, batch_size, change, args.seed, stream)
             drawn = Batches(*what, part=args.rank, parts=args.processes)
             start = max(self.start, warmup if stream else 0)
             batches.append(endless(drawn, start, args.workers, args.device))

@@ -165,19 +165,23 @@ def images(count=2, size=(9, 12)):
     return torch.rand(count, 2, 3, *size, generator=generator(5)).unbind(0)
 
 
-def naive_listing(student, teacher, kind, image_a, image_b, how):
+ALL = torch.ones(2, 9, 12, dtype=torch.bool)
+
+
+def naive_listing(student, teacher, kind, image_a, image_b, how, valid):
     """Listings 2 and 3 pixel by pixel: loss, share of confident pixels, the student's image."""
     prob_a, prob_b = (teacher(x).softmax(1).detach() for x in (image_a, image_b))
-    image, target, counts = image_a.clone(), prob_a.clone(), torch.ones(2, 9, 12)
+    image, target, counts = image_a.clone(), prob_a.clone(), valid.float()
     for i, y, x in itertools.product(*map(range, counts.shape)):
         if kind == "cutout":
-            counts[i, y, x] = m = float(how[i, y, x])
+            m = float(how[i, y, x])
+            counts[i, y, x] *= m
             image[i, :, y, x] = m * image_a[i, :, y, x] + (1 - m) * 0.5
         else:
             m = float(how[i, y, x] if kind == "mix" else how[i])
             image[i, :, y, x] = (1 - m) * image_a[i, :, y, x] + m * image_b[i, :, y, x]
             target[i, :, y, x] = (1 - m) * prob_a[i, :, y, x] + m * prob_b[i, :, y, x]
-    confident = np.mean([float(max(p) > 0.9) for p in target.permute(0, 2, 3, 1).reshape(-1, 4)])
+    confident = np.mean([float(max(p) > 0.9) for p in target.permute(0, 2, 3, 1)[valid]])
     square = (target - student(image).softmax(1)) ** 2 * counts[:, None]
     return square.sum() / target.numel() * confident, confident, image
 
@@ -188,18 +192,19 @@ def test_losses_equal_the_listings(kind):
     mask = torch.rand(2, 9, 12, generator=generator(3)) < 0.4
     blend = torch.tensor([0.1, 0.7]).view(-1, 1, 1, 1)
     how = blend.flatten() if kind == "ict" else mask
-    expected, confident, image = naive_listing(student, teacher, kind, image_a, image_b, how)
+    valid = torch.rand(2, 9, 12, generator=generator(4)) < 0.8
+    expected, confident, image = naive_listing(student, teacher, kind, image_a, image_b, how, valid)
     assert 0 < confident < 1
     gradient = torch.autograd.grad(expected, list(student.parameters()))
     student, teacher = Stub(0), Stub(1)
     if kind == "cutout":
-        loss, seen = cowmix.cutout_loss(student, teacher, image_a, mask, GREY, threshold=0.9)
+        loss, seen = cowmix.cutout_loss(student, teacher, image_a, mask, GREY, valid, 0.9)
     else:
         combine = {
             "mix": lambda a, b: cowmix.mix(mask, b, a),
             "ict": lambda a, b: torch.lerp(a, b, blend),
         }[kind]
-        loss, seen = cowmix.mixing_loss(student, teacher, image_a, image_b, combine, 0.9)
+        loss, seen = cowmix.mixing_loss(student, teacher, image_a, image_b, combine, valid, 0.9)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     assert seen["confident"].item() == pytest.approx(confident)
@@ -215,14 +220,14 @@ def test_losses_equal_the_listings(kind):
 def test_nothing_is_learned_where_a_cutout_is_masked():
     (image, _), student = images(), Stub(0, kernel=1)
     mask = torch.zeros(2, 9, 12, dtype=torch.bool)
-    loss, _ = cowmix.cutout_loss(student, Stub(1), image, mask, GREY, threshold=0.0)
+    loss, _ = cowmix.cutout_loss(student, Stub(1), image, mask, GREY, ~mask, threshold=0.0)
     loss.backward()
     assert loss == 0 and student.weight.grad.eq(0).all()
 
 
 def test_nobody_confident():
     (image_a, image_b), student = images(), Stub(0)
-    loss, seen = cowmix.mixing_loss(student, Stub(1), image_a, image_b, torch.maximum, 1.0)
+    loss, seen = cowmix.mixing_loss(student, Stub(1), image_a, image_b, torch.maximum, ALL, 1.0)
     loss.backward()
     assert loss == 0 and seen["confident"] == 0 and student.weight.grad.eq(0).all()
 
@@ -267,6 +272,7 @@ def test_random_affine_has_the_ranges_of_d_1():
         (matrix[:, 1, 2], -4, 4),
     ):
         assert kstest(values, "uniform", args=(low, high - low)).statistic < 0.03
+    assert abs(np.corrcoef(matrix[:, 0, 2], matrix[:, 1, 2])[0, 1]) < 0.06
     np.testing.assert_allclose(matrix[:, 1, 0], -matrix[:, 0, 1] * np.sign(determinant), atol=1e-6)
     still = cowmix.random_affine(3, flip=0.0, translation=0.0, scaling=(1.0, 1.0), rotation=0.0)
     assert torch.equal(still, torch.eye(3).expand(3, 3, 3))
@@ -282,6 +288,9 @@ def test_recolor():
     assert factor.log().std().item() == pytest.approx(math.log(1.1), rel=0.05)
     assert factor.log().mean().item() == pytest.approx(0, abs=0.005)
     assert cowmix.recolor(image, brightness=9.0, contrast=1.1).max() == 1
+    how = {"brightness": 0.1, "contrast": 1.1}
+    both = cowmix.recolor(image, **how, generator=generator()).flatten()
+    torch.testing.assert_close(both, (0.5 * factor + shifted - 0.5).clamp(0, 1))  # c x + b
 
 
 @pytest.mark.parametrize(
@@ -297,7 +306,7 @@ def test_recolor():
 def test_predictions_are_aligned(a, b):
     """A network of single pixels is consistent wherever both see the same place."""
     image, network = images(1)[0], Stub(0, kernel=1)
-    loss, seen = cowmix.aug_loss(network, network, image, a, b, nn.Identity(), GREY, 0.9)
+    loss, seen = cowmix.aug_loss(network, network, image, a, b, nn.Identity(), GREY, ALL, 0.9)
     assert loss < 1e-10 and 0.1 < seen["confident"] < 0.9
     inside = torch.zeros(2, 9, 12)
     for y, x in itertools.product(range(9), range(12)):  # of the student's picture
@@ -314,7 +323,7 @@ def test_predictions_are_aligned(a, b):
 
 def test_pixels_out_of_sight_do_not_count():
     image, student, teacher = images(1)[0], Stub(0, kernel=1), Stub(1, kernel=1)
-    how = nn.Identity(), GREY, 0.0
+    how = nn.Identity(), GREY, ALL, 0.0
     loss, _ = cowmix.aug_loss(student, teacher, image, moved(), moved(x=5), *how)
     seen_by_both = image[..., :7]  # of 12 columns
     square = (teacher(seen_by_both).softmax(1) - student(seen_by_both).softmax(1)).square()
@@ -330,6 +339,7 @@ def test_losses_never_wait_for_the_device():
     with torch.device("meta"):
         image, net, fill = torch.empty(2, 3, 8, 8), nn.Conv2d(3, 4, 1), torch.empty(3, 1, 1)
     device = image.device
+    valid = torch.empty(2, 8, 8, dtype=torch.bool, device=device)
     how = {"flip": 0.5, "translation": 4.0, "scaling": (0.8, 1.25), "rotation": 15.0}
     matrix = cowmix.random_affine(2, **how, device=device)
     masks = (
@@ -337,11 +347,11 @@ def test_losses_never_wait_for_the_device():
         box_mask(2, (8, 8), p_range=(0, 1), device=device),
     )
     color = cowmix.partial(cowmix.recolor, brightness=0.1, contrast=1.1)
-    losses = [cowmix.aug_loss(net, net, image, matrix, matrix, color, fill)]
+    losses = [cowmix.aug_loss(net, net, image, matrix, matrix, color, fill, valid)]
     for mask in masks:
         combine = cowmix.partial(cowmix.mix, mask)
-        losses.append(cowmix.mixing_loss(net, net, image, image, combine))
-        losses.append(cowmix.cutout_loss(net, net, image, mask, fill))
+        losses.append(cowmix.mixing_loss(net, net, image, image, combine, valid))
+        losses.append(cowmix.cutout_loss(net, net, image, mask, fill, valid))
     label = warp_label(
         torch.empty(2, 8, 8, dtype=torch.long, device=device), warp_grid(matrix, (8, 8))
     )
@@ -528,8 +538,29 @@ def perturbed(kind, seed=0, **changes):
     recipe = cowmix.Recipe(perturbation=kind, sigma_range=(1.0, 2.0), **changes)
     image_a, image_b = torch.rand(2, 4, 3, 9, 12, generator=generator(4)).unbind(0)
     student, fill = Stub(0), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
-    _, seen = cowmix.unlabeled_loss(recipe, student, Stub(1), fill, image_a, image_b, seed=seed)
+    label = torch.zeros(4, 9, 12).long()
+    batches = (image_a, label), (image_b, label)
+    _, seen = cowmix.unlabeled_loss(recipe, student, Stub(1), fill, *batches, seed=seed)
     return seen, image_a, image_b, fill
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_count(kind):
+    """Whatever is where a label says padding, networks of single pixels have the same loss."""
+    place = {"translation": 0.0, "rotation": 0.0, "scaling": (1.0, 1.0), "flip_probability": 0.0}
+    how = {"sigma_range": (1.0, 2.0), "confidence_threshold": 0.97, "ict_alpha": 1.0, **place}
+    recipe = cowmix.Recipe(perturbation=kind, p_range=(0.4, 0.4), **how)
+    labels, losses = torch.zeros(2, 4, 9, 12).long(), []
+    labels[0, :, :, :4], labels[1, :, 6:] = 255, 255
+    for padding, label in ((0.1, labels), (0.9, labels), (0.9, 0 * labels)):
+        images = torch.rand(2, 4, 3, 9, 12, generator=generator(4))
+        images.movedim(2, 4)[labels == 255] = padding
+        networks = Stub(0, kernel=1), Stub(1, kernel=1)
+        pairs = zip(images, label, strict=True)
+        loss, seen = cowmix.unlabeled_loss(recipe, *networks, GREY, *pairs, seed=3)
+        losses.append((loss.item(), seen["confident"].item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and min(losses[0]) > 0
+    assert losses[0][1] < 1 and losses[2] != pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["cowmix", "cutmix", "cowout", "cutout"])
@@ -555,13 +586,15 @@ def test_ict_blends_each_pair_by_its_own_share():
     assert share.std(1).max() < 1e-3  # one for all pixels
     assert len({round(value, 3) for value in share.mean(1).tolist()}) == 4
     assert "mask" not in seen
+    assert not torch.equal(seen["image_mix"], perturbed("ict", 1, ict_alpha=1.0)[0]["image_mix"])
 
 
 def test_aug_changes_places_and_colours_of_both(monkeypatch):
     handed, loss = [], cowmix.aug_loss
     monkeypatch.setattr(cowmix, "aug_loss", lambda *given: handed.append(given) or loss(*given))
     _, image, _, fill = perturbed("aug", translation=0.0, rotation=0.0, scaling=(1.0, 1.0))
-    _, _, given, a, b, color, given_fill, threshold = handed[0]
+    _, _, given, a, b, color, given_fill, valid, threshold = handed[0]
+    assert valid.all()
     assert given is not None and torch.equal(given, image) and torch.equal(given_fill, fill)
     assert threshold == 0.97 and a.shape == b.shape == (4, 3, 3) and not torch.equal(a, b)
     assert not torch.equal(color(image), color(image))
@@ -601,7 +634,7 @@ FLAGS = """
 --perturbation aug --supervised | --perturbation aug --flip-probability 1
 --perturbation aug --translation 20 | --perturbation aug --scaling 0.5 0.5
 --perturbation aug --rotation 90 | --perturbation aug --brightness 0.5
---perturbation aug --contrast 2
+--perturbation aug --contrast 2 | --teacher-mode eval
 """
 
 
@@ -614,16 +647,26 @@ def test_every_flag_reaches_the_step(command, camvid, tmp_path):
 
 
 def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
-    losses, updates, drawn = [], [], []
+    losses, updates, drawn, seeds = [], [], [], []
     loss, update, batches = cowmix.mixing_loss, cowmix.update_teacher, run.Batches
+    perturb = cowmix.unlabeled_loss
+    monkeypatch.setattr(cowmix, "unlabeled_loss", lambda *a, **k: spy_perturb(*a, **k))
 
     def spy_loss(student, teacher, image_a, image_b, *others):
-        losses.append((student.training, teacher.training, image_a, image_b, others[-1]))
+        losses.append((student.training, teacher.training, image_a, image_b, *others[-2:]))
         return loss(student, teacher, image_a, image_b, *others)
 
     def spy_update(teacher, student, **options):
+        # The first one follows the first step: till then they are equal.
         updates.append(options)
+        assert len(updates) > 1 or not torch.equal(teacher.conv1.weight, student.conv1.weight)
         update(teacher, student, **options)
+
+    def spy_perturb(recipe, student, teacher, fill, *batches, seed):
+        assert seeds or all(map(torch.equal, teacher.parameters(), student.parameters()))
+        assert torch.equal(fill, teacher.mean) and fill.min() > 0
+        seeds.append(seed)
+        return perturb(recipe, student, teacher, fill, *batches, seed=seed)
 
     def spy_batches(*what, **options):
         drawn.append((what[1], what[-1]))
@@ -634,7 +677,8 @@ def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "Batches", spy_batches)
     printed = weights_after(command, camvid, tmp_path / "run", "--labeled", "1.0")[2]
     assert [entry[:2] for entry in losses] == [(True, True)] * 3
-    assert all(entry[4] == 0.05 for entry in losses)
+    assert all(entry[5] == 0.05 and entry[4].all() for entry in losses)
+    assert len(set(seeds)) == 3
     assert not any(torch.equal(entry[2], entry[3]) for entry in losses)
     assert updates == [{"decay": 0.99, "buffers": "average"}] * 3
     assert [stream for _, stream in drawn] == [0, 1, 2]
@@ -642,9 +686,16 @@ def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
     assert "headline: teacher" in printed
     optimizer = torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]["optimizer"]
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0}
-    drawn.clear()
-    weights_after(command, camvid, tmp_path / "cut", "--perturbation", "cutout", "--labeled", 3)
-    assert [len(indices) for indices, _ in drawn] == [3, 8]
+    loaded = ("--weights", tmp_path / "run/last.pt", "--labeled", 3)
+    for kind, batches_u in (("cutout", 1), ("cutmix", 2), ("ict", 2), ("cowout", 1), ("aug", 1)):
+        drawn.clear(), losses.clear(), seeds.clear(), updates.clear()
+        weights_after(command, camvid, tmp_path / kind, "--perturbation", kind, *loaded)
+        assert [len(indices) for indices, _ in drawn] == [3, *[8] * batches_u]
+        assert not any(torch.equal(entry[2], entry[3]) for entry in losses)
+    losses.clear()
+    weights_after(command, camvid, tmp_path / "pad", "--crop", 56, 72)  # of 48x64
+    share = [entry[4].float().mean().item() for entry in losses]
+    assert all(0.65 < one < 0.87 for one in share)  # 0.76 of each image, at different places
 
 
 def test_standard_augmentation_warps_labels_with_their_images(

@@ -7,6 +7,7 @@ import urllib.error
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,7 +306,8 @@ STEM = torch.zeros(4, 3, 3, 3)
         (None, "no such file"),
         (b"", "not a file of tensors"),
         (b"<html>moved</html>", "not a file of tensors"),
-        (nn.Conv2d(1, 1, 1), "holds a pickled torch.nn.modules.conv.Conv2d, as a whole module"),
+        (nn.Conv2d(1, 1, 1), "holds a pickled torch.nn.modules.conv.Conv2d, not only"),
+        ({"state_dict": {}, "best": np.float64(1)}, "multiarray.scalar, not only tensors"),
         ({"model": nn.ReLU()}, "holds a pickled torch.nn.modules.activation.ReLU"),
         ({}, "holds no state dict"),
         ([torch.zeros(1)], "holds no state dict"),
@@ -341,7 +343,7 @@ def test_file_names_with_a_hash(tmp_path):
     load(published(5), tmp_path / "plain.pth")
     content = (tmp_path / "plain.pth").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    for name in (digest[:8], digest, "20210507", "best", "2"):
+    for name in (digest[:8], digest, "20210507", "00040000", "best", "2"):
         (tmp_path / f"coco-{name}.pth").write_bytes(content)
         load_weights(small(), tmp_path / f"coco-{name}.pth")
     for name in ("41f33a49", digest[1:9], digest[:12] + "0000"):

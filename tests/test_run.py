@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import classmix
-from common import evaluation, record, run
+from common import evaluation, flags, record, run
 from common.datasets import open_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +225,10 @@ BAD_TREES = {
         lambda r: [Image.new("RGB", (64, 48)).save(p) for p in (r / "trainannot").iterdir()],
         "8-bit grey or palette",
     ),
+    "label as JPEG": (
+        lambda r: [Image.open(p).save(p, "JPEG") for p in (r / "trainannot").iterdir()],
+        "palette PNG",
+    ),
     "16 bit": (
         lambda r: Image.fromarray(np.zeros((48, 64), np.uint16)).save(r / "train/002.png"),
         "002.png",
@@ -256,6 +260,7 @@ BAD_FLAGS = [
     (("--warmup", "9"), "--warmup 9"),
     (("--evaluate", ""), "no such checkpoint"),
     (("--scale-range", "0.5", "2"), "--scale-range: needs --crop"),
+    (("--full-resolution",), "--full-resolution: goes with --evaluate"),
     (("--device", "meta"), "meta"),
     (("--batch-size", "-1"), "--batch-size"),
     (("--lr", "nan"), "--lr"),
@@ -285,6 +290,16 @@ def test_bad_flags_are_one_line(command, camvid, tmp_path, monkeypatch, flags, e
     assert status == 2 and expected in errors
     assert errors.startswith("classmix.py: ") and errors.count("\n") == 1
     assert not (tmp_path / "runs").exists() and "iteration" not in printed
+
+
+def test_networks_are_compiled_where_they_can_be(monkeypatch, capsys):
+    monkeypatch.setattr(flags, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.delenv("CC", raising=False)
+    for compiler in ("/usr/bin/gcc", None):
+        monkeypatch.setattr(flags, "which", lambda _, found=compiler: found)
+        _, args = flags.parse_args("classmix", "", classmix.RECIPES, argv=[])
+        assert args.precision == "bf16" and args.compile == (compiler is not None)
+        assert capsys.readouterr().err.startswith("warning: no C compiler") != args.compile
 
 
 def test_checkpoints_that_do_not_fit_are_refused(command, camvid, folder, tmp_path):
