@@ -69,6 +69,8 @@ def test_box_heights_are_log_uniform_and_places_uniform():
     half = box[(height > 40) & (height < 56)]
     top = half.any(2).long().argmax(1) / (64 - half.any(2).sum(1))
     assert abs(top.mean() - 0.5) < 0.03 and (top == 0).any() and (top == 1).any()
+    left = half.any(1).long().argmax(1) / (64 - half.any(1).sum(1))
+    assert abs(torch.stack([top, left]).corrcoef()[0, 1]) < 0.08
 
 
 def test_mix_is_classmix_s():
@@ -216,6 +218,22 @@ def test_the_jitter_view_changes_every_property():
     assert (hue - image).abs().amax((1, 2, 3)).min() > 0.1
     jitter = randaugment("jitter", 0.5, 0.0, *nothing)(3, image)
     assert (jitter.amax(1) - image.amax(1)).abs().amax((1, 2)).min() > 0.02
+    # Each image anew: brightness scales, contrast moves to the mean, saturation to the grey.
+    same = image[:1].expand(40, -1, -1, -1)
+    changed = randaugment("jitter", 0.5, 0.0, *nothing)(3, same)
+    assert len(changed.unique(dim=0)) == 40
+    dark = torch.full((40, 3, 8, 8), 0.2)  # brightness alone changes grey images of one value
+    brightness = randaugment("jitter", 0.5, 0.0, *nothing)(3, dark)[:, 0, 0, 0] / 0.2
+    grey = dark.clone()
+    grey[..., 4:] = 0.6  # not saturation
+    spread = randaugment("jitter", 0.5, 0.0, *nothing)(3, grey)[:, 0, 0, [0, 7]].diff()[:, 0] / 0.4
+    contrast = spread / brightness
+    assert contrast.min() < 0.75 and contrast.max() > 1.25
+    red = dark.clone()
+    red[:, 0] = 0.4
+    red = randaugment("jitter", 0.5, 0.0, *nothing)(3, red)[:, [0, 1], 0, 0].diff()[:, 0] / -0.2
+    saturation = red / brightness
+    assert saturation.min() < 0.75 and saturation.max() > 1.25
 
 
 @pytest.mark.parametrize("order", ["wide", "high"])
@@ -800,7 +818,12 @@ def test_forward_gives_what_both_heads_give():
     assert logits.shape == (2, 5, 256, 512) and embedding.shape == (2, 6, 33, 65)
     features = net.features(image)
     torch.testing.assert_close(logits, net.classify(features, (256, 512)))
-    torch.testing.assert_close(embedding, net.projection(features))
+    first, relu, second = net.projection
+    expected = F.normalize(second(first(features).relu()), dim=1)
+    torch.testing.assert_close(embedding, expected)
+    assert isinstance(relu, nn.ReLU)
+    (gradient,) = torch.autograd.grad((embedding * randn(*embedding.shape)).sum(), net.conv1.weight)
+    assert gradient.abs().sum() > 0  # the contrast trains the backbone, too
     assert c3semiseg.network(tiny_recipe(contrast="none"), 5, True).projection is None
 
 
@@ -954,6 +977,16 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
         return lambda seed, image: seeds.append(seed) or image * {"weak": 1.0, "strong": 0.5}[view]
 
     monkeypatch.setattr(c3semiseg, "randaugment", darken)
+    draws = []
+    spy(c3semiseg, "draw_pairs", lambda a, k, r: draws.append(r) or ("pairs",))
+    init, made, splits = run.Run.__init__, [], []
+    make_teacher = c3semiseg.make_teacher
+    monkeypatch.setattr(
+        c3semiseg, "make_teacher", lambda *a, **k: made.append(make_teacher(*a, **k)) or made[-1]
+    )
+    monkeypatch.setattr(
+        run.Run, "__init__", lambda *a, **k: (splits.append(a[4]), init(*a, **k))[1]
+    )
     spy(c3semiseg, "label_images", lambda a, k, r: ("teacher", a[1], r[1]))
     spy(c3semiseg.ConfidentRegions, "update", lambda a, k, r: ("thresholds", *a[1:], r))
     spy(c3semiseg, "c3_loss", lambda a, k, r: ("c3", *a[1:], r))
@@ -963,6 +996,11 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
         torch.Tensor, "backward", lambda loss: (losses.append(loss.item()), backward(loss))
     )
     step_log(command, camvid, tmp_path / "run", "--group-size", 2, "--ema-decay", 0.6)
+    calls = [call for call in calls if call != ("pairs",)]
+    assert len({(*order.tolist(), *box.flatten().tolist()) for order, box in draws}) == 3 * 2
+    assert made[0].training and not set(splits[0][0]) & set(splits[0][1])
+    optimizer = state_of(tmp_path / "run")["optimizer"]["state"]
+    assert all("exp_avg_sq" in moments for moments in optimizer.values())
     names = [call[0] for call in calls]
     warm, semi = (
         ["ema", "warmup", "warmup"],
@@ -1080,6 +1118,23 @@ def test_contrast_of_many_classes_in_bounded_memory(monkeypatch):
     f = embedding.movedim(1, 3).flatten(0, 2)[index]
     torch.testing.assert_close(value, loss(f, chosen, f, chosen, 0.15, exclude_self=True))
     assert sizes == [2560] and (chosen != 255).sum() == 4 * 3 * 10
+
+
+def test_what_the_memory_has_no_room_for_is_drawn_from_all_images(monkeypatch):
+    label, embedding = randint(19, 32, 24, 24), randn(32, 4, 24, 24)
+    logits, counts, loss = randn(32, 19, 24, 24), [], c3semiseg.pixel_contrast_loss
+
+    def spy(f, label, g, *others, **how):
+        image = (embedding.movedim(1, 3).flatten(0, 2) @ f[label != 255].T).argmax(0) // 24**2
+        counts.append(torch.bincount(image, minlength=32))
+        return loss(f, label, g, *others, **how)
+
+    monkeypatch.setattr(c3semiseg, "pixel_contrast_loss", spy)
+    embedding = F.normalize(embedding, dim=1)
+    how = {"temperature": 0.15, "per_class": 4, "generator": generator()}
+    c3semiseg.contrast_loss(embedding, embedding, label, logits, **how)
+    (count,) = counts
+    assert count.sum() == 4 * 256 and count.min() > 0 and abs(count[:16].sum() - 512) < 100
 
 
 @pytest.mark.parametrize(
