@@ -232,7 +232,7 @@ def test_the_jitter_view_changes_every_property():
     red = dark.clone()
     red[:, 0] = 0.4
     red = randaugment("jitter", 0.5, 0.0, *nothing)(3, red)[:, [0, 1], 0, 0].diff()[:, 0] / -0.2
-    saturation = red / brightness
+    saturation = red / spread
     assert saturation.min() < 0.75 and saturation.max() > 1.25
 
 
