@@ -14,6 +14,8 @@ done
 for kind in cowout cutmix cutout ict aug; do
     python cowmix.py --perturbation "$kind" --output-dir "$out/cowmix_${kind}_s0"
 done
+# Standard augmentation changes labeled scenes too: its own baseline.
+python cowmix.py --perturbation aug --supervised --output-dir "$out/cowmix_aug_supervised_s0"
 python benchmarks/table.py "$out"
 if [ -n "$data" ]; then
     small="--size 120 160 --width 16 --layers 1 1 1 1 --weights none --sigma-range 1.33 5.33"
