@@ -27,11 +27,11 @@ Where the paper is silent or its published code (which cannot run) differs, and 
 - images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size).
 Without a flag: labeled images have no strong colours (4.1, not figure 1's caption); P_i leaves out
 i; embeddings are detached on one side, but not where labeled pixels meet labeled ones alone;
-rotation, by whole degrees, is before the crop, its corners stay in L_consist; --keep 1 is no DCRS,
-BDD100K is scaled and has RandAugment, labeled images are not used unlabeled, none is drawn twice an
-epoch, alpha is 0.99 at once (code: not so); no weight decay, teacher updated first in a step, batch
-norm frozen (--weights none: trained, each batch's statistics in both networks), student evaluated
-(as the code).
+rotation, by whole degrees, is before the crop, its corners count (not: --no-corners); --keep 1 is
+no DCRS, BDD100K is scaled and has RandAugment, labeled images are not used unlabeled, none is drawn
+twice an epoch, alpha is 0.99 at once (code: not so); no weight decay, teacher updated first in a
+step, batch norm frozen (--weights none: trained, each batch's statistics in both networks), student
+evaluated (as the code).
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -94,6 +94,7 @@ class Recipe:
     hard_sampling: bool = True  # half of them wrong ones (3.3); S of table 4
     temperature: float = 0.15  # tau (4.1)
     embedding: int = 256  # channels (4.1)
+    corners: bool = True  # that rotation leaves on unlabeled images count (code)
     keep: float = 0.8  # s, share of each class that is confident; 1: all (4.1; table 7)
     threshold_momentum: float = 0.9  # beta (4.1)
     initial_threshold: float = 0.9  # of every class (code)
@@ -252,7 +253,7 @@ class ConfidentRegions(nn.Module):
 
     @torch.no_grad()
     def update(self, confidence: Tensor, pseudo_label: Tensor) -> Tensor:
-        """Eq. 6, then the mask of confident pixels: (B,H,W), (B,H,W) int64 -> (B,H,W) bool."""
+        """Eq. 6 without label 255; then which are confident: (B,H,W), int64 (B,H,W) -> bool."""
         if self.keep >= 1:
             return torch.ones_like(confidence, dtype=torch.bool)
         classes = torch.arange(len(self.thresholds) + 1, device=confidence.device).double()
@@ -264,7 +265,7 @@ class ConfidentRegions(nn.Module):
         current = 2 * classes[:-1] - key[(start[:-1] + place).clamp(min=0)]  # delta_t
         average = self.momentum * self.thresholds + (1 - self.momentum) * current
         self.thresholds.copy_(torch.where(count > 0, average, self.thresholds))
-        return confidence >= self.thresholds[pseudo_label]
+        return confidence >= self.thresholds[pseudo_label.clamp(max=len(self.thresholds) - 1)]
 
 
 @torch.no_grad()
@@ -367,14 +368,16 @@ def loss_weights(recipe: Recipe, iteration: int) -> dict[str, float]:
     return {"loss_l": 1.0, "loss_u": recipe.consistency_weight * ramp_u, "loss_c": weight_c}
 
 
-def label_groups(session: run.Run, teacher, regions, views, images: list) -> list[tuple]:
+def label_groups(session: run.Run, teacher, regions, views, groups: list) -> list[tuple]:
     """c3_loss's unlabeled of each group; the thresholds are updated once, with all groups'."""
+    images, labels = zip(*groups, strict=True)  # 255 in a label: a corner
     strong, targets, args = [], [], session.args
     for session.share, image in enumerate(images):
         targets.append(label_images(teacher, views[0](session.step_seed("teacher"), image)))
         strong.append(views[1](session.step_seed("student"), image))
     prob, confidence, pseudo_label, embedding = zip(*targets, strict=True)
-    own = torch.cat(confidence), torch.cat(pseudo_label)
+    ignored = (torch.cat(labels) == 255) & (not session.recipe.corners)
+    own = torch.cat(confidence), torch.cat(pseudo_label).masked_fill(ignored, 255)
     confident = regions.update(*map(gather, own)).chunk(args.processes)[args.rank]
     session.log(confident=confident.float().mean())
     label = own[1].masked_fill(~confident, 255).chunk(len(images))
@@ -421,7 +424,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         update_teacher(teacher, student, decay=0.0 if first else decay, buffers=buffers)
         groups = list(session.shares(batches_l, *[batches_u] * semi))
         if semi:
-            unlabeled = label_groups(session, teacher, regions, views, [g[2] for g in groups])
+            unlabeled = label_groups(session, teacher, regions, views, [g[2:] for g in groups])
         weight = loss_weights(recipe, iteration)
         for session.share, (image_l, label_l, *_) in enumerate(groups):
             by_teacher = semi and contrast and recipe.contrast_labeled == "teacher"

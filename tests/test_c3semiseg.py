@@ -569,6 +569,32 @@ def test_a_stationary_stream_settles_at_s(keep):
     assert (settled - keep).abs().max() < 0.012  # of either class
 
 
+def test_void_leaves_the_thresholds_alone():
+    confidence, label = rand(2, 20, 30), randint(3, 2, 20, 30, seed=1)
+    void = rand(2, 20, 30, seed=2) < 0.4
+    regions, other = (c3semiseg.ConfidentRegions(3, momentum=0.0) for _ in range(2))
+    mask = regions.update(confidence, label.masked_fill(void, 255))
+    other.update(confidence[~void][None, None], label[~void][None, None])
+    assert torch.equal(regions.thresholds, other.thresholds)
+    assert 0.79 < mask[~void].float().mean() < 0.81
+
+
+def test_corners_may_be_left_out(command, camvid, tmp_path, monkeypatch):
+    labels, loss = [], c3semiseg.c3_loss
+    monkeypatch.setattr(
+        c3semiseg, "c3_loss", lambda *a, **k: (labels.append(a[2][0:3:2]), loss(*a, **k))[1]
+    )
+    flags = ("--keep", 1, "--rotation", 10, "--student-view", "weak")
+    for k, corners in enumerate(("--corners", "--no-corners")):
+        step_log(command, camvid, tmp_path / str(k), *flags, corners)
+    counted, left_out = labels[:3], labels[3:]
+    assert not any((label == 255).any() for _, label in counted)
+    for image, label in left_out:  # black is a corner
+        black = image.amax(1) == 0
+        assert black.any() and (label == 255)[black].all()
+        assert (label == 255).float().mean() < 0.2
+
+
 def test_a_constant_threshold_is_reached_as_a_geometric_series():
     regions = c3semiseg.ConfidentRegions(2)
     for t in range(1, 40):
@@ -915,7 +941,7 @@ CHANGES = """--mixing intra | --mixing none | --teacher-view strong | --student-
 --temperature 0.5 | --embedding 5 | --keep 0.3 | --keep 1 | --threshold-momentum 0.1
 --initial-threshold 0.4 | --rotation 0 | --no-flip | --crop 32 48 | --group-size 2
 --scales 0.75 1.25 --crop 32 48 | --ema-decay 0.1 | --warmup 1 | --backbone-factor 0.1
---no-warmup-contrast"""
+--no-warmup-contrast | --no-corners"""
 
 
 @pytest.fixture(scope="module")
