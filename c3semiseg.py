@@ -24,14 +24,18 @@ Where the paper is silent or its published code (which cannot run) differs, and 
 - four classifier branches as in DeepLab-v2; the code sums two (--aspp-rates 6 12);
 - ten epochs of warm-up are 2500 steps (code: 2250), in which labeled pixels are contrasted and
   lambda_2 ramps up (code; paper: --no-warmup-contrast);
-- images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size).
-Without a flag: labeled images have no strong colours (4.1, not figure 1's caption); P_i leaves out
-i; embeddings are detached on one side, but not where labeled pixels meet labeled ones alone;
-rotation, by whole degrees, is before the crop, its corners count (not: --no-corners); --keep 1 is
-no DCRS, BDD100K is scaled and has RandAugment, labeled images are not used unlabeled, none is drawn
-twice an epoch, alpha is 0.99 at once (code: not so); no weight decay, teacher updated first in a
-step, batch norm frozen (--weights none: trained, each batch's statistics in both networks), student
-evaluated (as the code).
+- images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size);
+- rotation, by whole degrees, is before the crop (code, labeled images: --rotate-labeled-last), its
+  corners count (code; not: --no-corners); BDD100K is scaled and has RandAugment (code, unlabeled
+  images: neither; of both sets: --scales 1.0 --operations 0);
+- labeled images have no strong colours (figure 1's caption: --labeled-view strong) and are not used
+  as unlabeled (code: all are on BDD100K, some on Cityscapes; --unlabeled all);
+- no image comes twice an epoch (code: --replacement); alpha is 0.99 at once (code:
+  --ema-warm-start); no weight decay (code, though its settings have one: --weight-decay 5e-4);
+- --keep 1 is no DCRS (table 7; code: thresholds that stay, --threshold-momentum 1).
+Without a flag, as the code: P_i leaves out i; embeddings are detached on one side, but not where
+labeled pixels meet labeled ones alone; teacher updated first in a step, batch norm frozen (with
+--weights none trained, each batch's statistics in both networks), student evaluated.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -63,19 +67,25 @@ class Recipe:
     size: tuple[int, int] | None = (512, 1024)  # height, width images are resized to (4.1)
     scales: tuple[float, ...] = (1.0,)  # one is drawn for each image (4.1)
     rotation: int = 10  # largest angle, degrees (4.1)
+    rotate_labeled_last: bool = False  # labeled ones after crop and flip; code: yes
     crop: tuple[int, int] | None = (256, 512)  # height, width of the random crop (4.1)
     flip: bool = True  # random mirroring (4.1)
     batch_size: int = 16  # labeled images a step, and as many unlabeled (4.1)
+    unlabeled: Literal["rest", "all"] = "rest"  # images used so: those without labels (4.1) or all
+    replacement: bool = False  # images may come twice in an epoch; code: yes
     group_size: int = 4  # labeled images mixed and contrasted with as many unlabeled (code: a GPU)
     iterations: int = 25_000  # steps (4.1)
     warmup: int = 2_500  # first steps on labeled images only: 10 epochs (4.1) of 250 steps (code)
     lr: float = 1.2e-4  # of classifiers and projection head, by Adam (4.1)
     backbone_factor: float = 0.3  # the backbone learns at backbone_factor * lr (code); paper: 1.0
+    weight_decay: float = 0.0  # of all trained weights (code; its settings: 5e-4)
     lr_power: float = 0.9  # lr * (1 - iteration / iterations) ** lr_power (4.1)
     ema_decay: float = 0.99  # alpha (4.1)
+    ema_warm_start: bool = False  # up to it, 1 - 1 / (4k + 5) at update k; code: yes
     mixing: Literal["cross", "intra", "none"] = "cross"  # sets mixed by CutMix; table 6
     teacher_view: Literal["weak", "jitter", "strong"] = "weak"  # W, S, S+R of table 5
     student_view: Literal["weak", "jitter", "strong"] = "strong"  # of unlabeled images; table 5
+    labeled_view: Literal["weak", "jitter", "strong"] = "weak"  # student's; figure 1: strong
     jitter: float = 0.5  # brightness, contrast, saturation (code)
     hue: float = 0.25  # of the jitter (code)
     operations: int = 2  # of RandAugment drawn for an image (code)
@@ -368,6 +378,13 @@ def loss_weights(recipe: Recipe, iteration: int) -> dict[str, float]:
     return {"loss_l": 1.0, "loss_u": recipe.consistency_weight * ramp_u, "loss_c": weight_c}
 
 
+def teacher_decay(recipe: Recipe, iteration: int) -> float:
+    """Alpha (4.1); 0 up to the first unlabeled images, where the teacher begins as the student."""
+    if (update := iteration - recipe.warmup) <= 0:
+        return 0.0
+    return min(recipe.ema_decay, 1 - recipe.ema_warm_start / (4 * update + 5))
+
+
 def label_groups(session: run.Run, teacher, regions, views, groups: list) -> list[tuple]:
     """c3_loss's unlabeled of each group; the thresholds are updated once, with all groups'."""
     images, labels = zip(*groups, strict=True)  # 255 in a label: a corner
@@ -390,7 +407,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     accumulate = max(args.accumulate, groups)  # a share of the batch is a group
     run.check_recipe(recipe, args, smallest_share=1, accumulate=accumulate)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
-    split = select(data.train, args, batch_size=recipe.batch_size)
+    split = select(data.train, args, batch_size=recipe.batch_size, unlabeled=recipe.unlabeled)
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, args.weights != "none").to(args.device)
     if args.supervised:
@@ -401,34 +418,38 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     regions = ConfidentRegions(data.num_classes, *thresholds).to(args.device)
     backbone, heads = student.parameter_groups(recipe.lr, 1.0)
     backbone["lr"] *= recipe.backbone_factor
-    optimizer = torch.optim.Adam([backbone, heads])
+    optimizer = torch.optim.Adam([backbone, heads], weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     state = {"student": student, "teacher": teacher, "regions": regions}
     state |= {"optimizer": optimizer, "schedule": schedule}
     colors = recipe.jitter, recipe.hue
     colors += recipe.operations, recipe.operation_probability, recipe.magnitude
-    views = [randaugment(kind, *colors) for kind in (recipe.teacher_view, recipe.student_view)]
+    kinds = recipe.teacher_view, recipe.student_view, recipe.labeled_view
+    *views, view_l = [randaugment(kind, *colors) for kind in kinds]
     sampling = {"per_class": recipe.per_class, "hard": recipe.hard_sampling}
     sampling |= {"temperature": recipe.temperature, "first_class": 0 if recipe.contrast_road else 1}
     contrast = None if student.projection is None else partial(contrast_loss, **sampling)
     own = {"weights": weights, "headline": "student", "accumulate": accumulate}
     session = run.Run(recipe, args, data, split, state, **own)
     weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
-    transform = scale_crop_flip(**weak, flip=recipe.flip, mean=student.mean)
-    batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
+    weak |= {"flip": recipe.flip, "mean": student.mean}
+    lasts = recipe.rotate_labeled_last, False
+    geometry = [scale_crop_flip(**weak, rotate_last=last) for last in lasts]
+    draw = {"warmup": recipe.warmup, "replacement": recipe.replacement}
+    batches_l, batches_u = session.batches(recipe.batch_size, *geometry, **draw)
     for iteration in session.steps():
         semi = not args.supervised and iteration >= recipe.warmup
-        # The teacher begins as the student is at the first semi-supervised step.
-        decay, first = recipe.ema_decay, iteration <= recipe.warmup
-        buffers = "copy" if first or not semi else "keep"  # its own, of the images it labels
-        update_teacher(teacher, student, decay=0.0 if first else decay, buffers=buffers)
+        decay = teacher_decay(recipe, iteration)
+        own = semi and iteration > recipe.warmup  # batch-norm statistics, of images it labels
+        update_teacher(teacher, student, decay=decay, buffers="keep" if own else "copy")
         groups = list(session.shares(batches_l, *[batches_u] * semi))
         if semi:
             unlabeled = label_groups(session, teacher, regions, views, [g[2:] for g in groups])
         weight = loss_weights(recipe, iteration)
         for session.share, (image_l, label_l, *_) in enumerate(groups):
             by_teacher = semi and contrast and recipe.contrast_labeled == "teacher"
-            labeled = image_l, label_l, label_images(teacher, image_l)[3] if by_teacher else None
+            embedding_l = label_images(teacher, image_l)[3] if by_teacher else None
+            labeled = view_l(session.step_seed("labeled"), image_l), label_l, embedding_l
             how = {"contrast": contrast, "average": recipe.average}
             how["generator"] = session.generator("boxes, pixels")
             with session.forward(last=True):

@@ -22,6 +22,7 @@ def scale_crop_flip(
     scale_range: tuple = (1.0, 1.0),
     scales: tuple = (1.0,),
     rotation: int = 0,
+    rotate_last: bool = False,
     crop: tuple | None,
     flip: bool,
     mean: Tensor,
@@ -29,8 +30,9 @@ def scale_crop_flip(
     """A loader's transform(seed, image, label): uint8 (3,H,W), (H,W) -> the same, changed alike.
 
     The scale is uniform in scale_range, or one of scales; rotation by whole degrees up to rotation
-    either way leaves black corners, void in the label; the place of the crop (height, width) is
-    uniform; where an image is smaller than it, it is padded with mean, (3,1,1) in [0,1], and void.
+    either way, before the crop or with rotate_last at the end, leaves black corners, void in the
+    label; the place of the crop (height, width) is uniform; where an image is smaller than it, it
+    is padded with mean, (3,1,1) in [0,1], and void.
     """
     color = [round(255 * value) for value in mean.flatten().tolist()]
     fill = {tv_tensors.Image: color, tv_tensors.Mask: 255}
@@ -39,12 +41,13 @@ def scale_crop_flip(
         steps.append(partial(_scale, scale_range=scale_range))
     if scales != (1.0,):
         steps.append(partial(_scale_to_one_of, scales=scales))
-    if rotation > 0:
-        steps.append(partial(_rotate, degrees=rotation))
+    rotate = [partial(_rotate, degrees=rotation)] * (rotation > 0)
+    steps += rotate * (not rotate_last)
     if crop is not None:
         steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
     if flip:
         steps.append(v2.RandomHorizontalFlip())
+    steps += rotate * rotate_last
     return partial(_seeded, v2.Compose(steps))
 
 

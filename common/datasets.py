@@ -336,8 +336,8 @@ class Batches(Dataset):
     """[t] -> batch t: image uint8 (B,3,H,W), label uint8 (B,H,W), by (seed, stream, t) alone.
 
     Each item goes through transform(seed, image, label). Each epoch is a new permutation of indices
-    without its ragged last batch; fewer images than a batch repeat within it. Of several processes
-    each gets its part, as long as the others'.
+    without its ragged last batch; fewer images than a batch repeat within it. With replacement each
+    index is drawn from all. Of several processes each gets its part, as long as the others'.
     """
 
     images: Images
@@ -346,6 +346,7 @@ class Batches(Dataset):
     transform: Callable
     seed: int
     stream: int
+    replacement: bool = False
     part: int = 0
     parts: int = 1
 
@@ -353,9 +354,13 @@ class Batches(Dataset):
         self.images.prepare()
 
     def __getitem__(self, t: int) -> tuple[Tensor, Tensor]:
-        epoch, k = divmod(t, max(len(self.indices) // self.batch_size, 1))
-        order = np.random.default_rng((self.seed, self.stream, epoch)).permutation(self.indices)
-        batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+        length = 1 if self.replacement else max(len(self.indices) // self.batch_size, 1)
+        epoch, k = divmod(t, length)
+        draw = np.random.default_rng((self.seed, self.stream, epoch))
+        if self.replacement:
+            batch = draw.choice(self.indices, self.batch_size)
+        else:
+            batch = draw.permutation(self.indices)[k * self.batch_size : (k + 1) * self.batch_size]
         batch = np.resize(batch, self.batch_size).tolist()  # repeats what is too short
         seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(len(batch))
         mine = slice(self.part * self.batch_size // self.parts, None)

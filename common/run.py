@@ -142,11 +142,11 @@ class Run:
         return DistributedDataParallel(student) if args.processes > 1 else student
 
     def batches(
-        self, batch_size: int, transform: Callable, *, warmup: int = 0, streams: int = 1
+        self, batch_size: int, *transforms: Callable, warmup=0, streams=1, replacement=False
     ) -> list[Iterator]:
-        """Endless labeled batches; unlabeled ones, of streams orders, after warmup.
+        """Endless labeled batches; unlabeled ones, of streams orders, after warmup (steps).
 
-        The labels of the latter are 255 where the image is padding, else 0.
+        The labels of the latter, which the last of transforms makes, are 255 in padding, else 0.
         """
         args, batches = self.args, []
         if is_first_here():
@@ -155,9 +155,9 @@ class Run:
         self.data.train.prepare(build=False)
         for stream in range(1 + streams):
             indices = self.split[min(stream, 1)]
-            change = without_label(transform) if stream else transform
+            change = without_label(transforms[-1]) if stream else transforms[0]
             what = (self.data.train, indices, batch_size, change, args.seed, stream)
-            drawn = Batches(*what, part=args.rank, parts=args.processes)
+            drawn = Batches(*what, replacement, part=args.rank, parts=args.processes)
             start = max(self.start, warmup if stream else 0)
             batches.append(endless(drawn, start, args.workers, args.device))
         return batches

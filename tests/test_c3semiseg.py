@@ -254,6 +254,28 @@ def test_rotation_leaves_void_where_it_fills(order):
     assert 0.085 < max(shares) < 0.11
 
 
+def test_rotation_at_the_end_has_its_corners_in_the_crop():
+    how = {"rotation": 10, "crop": (40, 80), "flip": True, "mean": torch.zeros(3, 1, 1)}
+    image, label = torch.full((3, 80, 160), 255, dtype=torch.uint8), torch.zeros(80, 160).byte()
+    shares = {True: [], False: []}
+    for last, seed in itertools.product(shares, range(120)):
+        turned, void = scale_crop_flip(**how, rotate_last=last)(seed, image, label)
+        assert turned.shape == (3, 40, 80) and void.shape == (40, 80)
+        assert (void[(turned == 0).all(0)] == 255).all()
+        shares[last].append((void == 255).float().mean().item())
+    assert sum(shares[True]) / 120 == pytest.approx(0.052, abs=0.012)
+    assert sum(share == 0 for share in shares[True]) < 15  # no angle, of 21
+    assert sum(share == 0 for share in shares[False]) > 40  # in the middle
+    image = randint(256, 3, 20, 30).byte()
+    alone = [
+        scale_crop_flip(**{**how, "crop": None, "flip": False}, rotate_last=last)
+        for last in (True, False)
+    ]
+    for seed in range(8):  # turned once
+        last, first = (geometry(seed, image, label[:20, :30]) for geometry in alone)
+        assert torch.equal(last[0], first[0]) and torch.equal(last[1], first[1])
+
+
 def test_image_and_label_turn_alike():
     label = (torch.arange(64).view(-1, 1) // 16 + 4 * (torch.arange(96) // 24)).byte()
     image = label.mul(15).expand(3, -1, -1).contiguous()
@@ -796,6 +818,16 @@ def test_weights_of_equation_7():
     assert round(50 / 19, 2) == 2.63
 
 
+def test_alpha_of_each_step():
+    recipe = c3semiseg.RECIPES["cityscapes"]
+    steps = (0, 2499, 2500, 2501, 2502, 2523, 2524, 25_000)
+    alpha = [c3semiseg.teacher_decay(recipe, step) for step in steps]
+    assert alpha == [0, 0, 0, 0.99, 0.99, 0.99, 0.99, 0.99]
+    warm = replace(recipe, ema_warm_start=True)
+    alpha = [c3semiseg.teacher_decay(warm, step) for step in steps]
+    assert alpha == pytest.approx([0, 0, 0, 8 / 9, 12 / 13, 96 / 97, 0.99, 0.99])
+
+
 def test_core_never_waits_for_the_device():
     """On the meta device .item(), nonzero, unique and branches on tensors raise."""
     student, teacher = Stub(0).to("meta"), Stub(1).to("meta")
@@ -941,7 +973,8 @@ CHANGES = """--mixing intra | --mixing none | --teacher-view strong | --student-
 --temperature 0.5 | --embedding 5 | --keep 0.3 | --keep 1 | --threshold-momentum 0.1
 --initial-threshold 0.4 | --rotation 0 | --no-flip | --crop 32 48 | --group-size 2
 --scales 0.75 1.25 --crop 32 48 | --ema-decay 0.1 | --warmup 1 | --backbone-factor 0.1
---no-warmup-contrast | --no-corners"""
+--no-warmup-contrast | --no-corners | --rotate-labeled-last | --labeled-view strong
+--unlabeled all | --replacement | --weight-decay 0.1 | --ema-warm-start"""
 
 
 @pytest.fixture(scope="module")
@@ -1036,7 +1069,7 @@ def test_the_loop_hands_over_what_the_paper_says(command, camvid, tmp_path, monk
     updates = [call for call in calls if call[0] == "ema"]
     assert [decay for _, decay, *_ in updates] == [0, 0, 0, 0.6, 0.6]
     assert buffers == ["copy"] * 3 + ["keep"] * 2
-    assert len(set(seeds)) == len(seeds) == 3 * 2 * 2  # of steps, groups and views
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 2 + 5 * 2  # of steps, groups and views
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["args"]["accumulate"] == 1  # more processes may go on with fewer groups each
     teacher, student = updates[2][2:]
@@ -1080,6 +1113,9 @@ def test_rates_and_schedule(command, camvid, tmp_path):
     backbone, heads = state_of(tmp_path / "run")["optimizer"]["param_groups"]
     assert backbone["initial_lr"] == pytest.approx(9e-4) and heads["initial_lr"] == 3e-3
     assert backbone["weight_decay"] == 0 and backbone["lr"] == heads["lr"] == 0  # at the end
+    step_log(command, camvid, tmp_path / "decay", "--weight-decay", 0.02)
+    groups = state_of(tmp_path / "decay")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.02, 0.02]
     step_log(command, camvid, tmp_path / "stop", "--iterations", 10)
     rates = [entry["lr"] for entry in read_log(tmp_path / "stop") if "lr" in entry]
     assert rates[-1] == 0 and len(rates) > 1
@@ -1124,6 +1160,61 @@ def test_the_teacher_embeds_the_labeled_images_of_the_group(command, camvid, tmp
     assert groups
     for image, _, embedding in groups:
         assert torch.equal(embedded[embedding.data_ptr()][0], image)
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_labeled_views_are_the_student_s(command, camvid, tmp_path, monkeypatch, supervised):
+    """The teacher's embeddings of the labeled images are those of their weak views."""
+    seen, embedded, label_images = [], [], c3semiseg.label_images
+
+    def darken(view, *_):
+        return lambda seed, image: image * {"weak": 1.0, "jitter": 0.5, "strong": 0.25}[view]
+
+    def spy(loss):
+        return lambda student, labeled, *a, **k: (
+            seen.append(labeled),
+            loss(student, labeled, *a, **k),
+        )[1]
+
+    monkeypatch.setattr(c3semiseg, "randaugment", darken)
+    for name in ("c3_loss", "warmup_loss"):
+        monkeypatch.setattr(c3semiseg, name, spy(getattr(c3semiseg, name)))
+    monkeypatch.setattr(
+        c3semiseg,
+        "label_images",
+        lambda teacher, image: (embedded.append(image), label_images(teacher, image))[1],
+    )
+    flags = ("--contrast-labeled", "teacher", *["--supervised"] * supervised)
+    step_log(command, camvid, tmp_path / "weak", *flags)
+    steps = len(seen)
+    embedded.clear()
+    step_log(command, camvid, tmp_path / "half", *flags, "--labeled-view", "jitter")
+    assert len(seen) == 2 * steps == 10
+    for (weak, label, _), (dark, same, _) in zip(seen[:steps], seen[steps:], strict=True):
+        assert torch.equal(dark, 0.5 * weak) and torch.equal(label, same)
+    of_labeled = embedded[1::2]  # after those of the unlabeled ones
+    assert len(of_labeled) == (0 if supervised else 3)  # steps after the warm-up
+    for image, (weak, *_) in zip(of_labeled, seen[2:5], strict=not supervised):
+        assert torch.equal(image, weak)
+
+
+def test_labeled_images_alone_turn_last(command, camvid, tmp_path, monkeypatch):
+    seen, loss = [], c3semiseg.c3_loss
+    monkeypatch.setattr(
+        c3semiseg, "c3_loss", lambda *a, **k: (seen.append([a[1][0], a[2][0]]), loss(*a, **k))[1]
+    )
+    flags = ("--student-view", "weak", "--crop", 32, 48)
+    step_log(command, camvid, tmp_path / "first", *flags)
+    step_log(command, camvid, tmp_path / "last", *flags, "--rotate-labeled-last")
+    for (labeled, unlabeled), (turned, same) in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(unlabeled, same) and not torch.equal(labeled, turned)
+
+
+def test_labeled_images_may_be_unlabeled_ones_too(command, camvid, tmp_path):
+    args = (*ARGS, "--data-dir", camvid, "--iterations", 3, "--unlabeled")
+    for which, unlabeled in (("rest", 4), ("all", 8)):
+        status, printed, _ = command("c3semiseg", *args, which, "--output-dir", tmp_path / which)
+        assert status == 0 and f"and {unlabeled} unlabeled of 8" in printed
 
 
 def test_contrast_of_many_classes_in_bounded_memory(monkeypatch):

@@ -1,5 +1,6 @@
 """Layouts, label ids, splits and batches."""
 
+import itertools
 import os
 import struct
 import zlib
@@ -222,9 +223,11 @@ def identity(seed, image, label):
     return image, label
 
 
-def batches(images, transform=identity, *, start=0, workers=0, count=7, size=3, indices=None):
+def batches(
+    images, transform=identity, *, start=0, workers=0, count=7, size=3, indices=None, **how
+):
     indices = indices if indices is not None else list(range(len(images)))
-    drawn = Batches(images, indices, size, transform, seed=5, stream=1)
+    drawn = Batches(images, indices, size, transform, seed=5, stream=1, **how)
     stream = endless(drawn, start, workers, CPU)
     return [next(stream) for _ in range(count)]
 
@@ -258,6 +261,26 @@ def test_an_epoch_shows_every_image_but_the_ragged_rest(camvid):
         [2, 2, 2, 4, 4],
         [2, 2, 4, 4, 4],
     )
+
+
+def test_with_replacement_every_index_is_drawn_from_all():
+    class Numbers(list):
+        def prepare(self):
+            pass
+
+    images = Numbers((torch.full((3, 1, 1), k).byte(), torch.zeros(1, 1).byte()) for k in range(20))
+    how = {"indices": list(range(5, 15)), "size": 4, "replacement": True}
+    drawn = [
+        (255 * image[:, 0, 0, 0]).round().int() for image, _ in batches(images, **how, count=500)
+    ]
+    count = torch.bincount(torch.cat(drawn), minlength=20)
+    assert count[:5].sum() == count[15:].sum() == 0
+    assert count[5:15].min() > 150 and count[5:15].max() < 250  # 200 each
+    unlike = sum(len(batch.unique()) == 4 for batch in drawn) / 500
+    assert abs(unlike - 0.9 * 0.8 * 0.7) < 0.07
+    assert sum(torch.equal(*pair) for pair in itertools.pairwise(drawn)) < 3
+    later = batches(images, **how, start=498, count=2)
+    assert torch.equal(later[1][0][:, 0, 0, 0], drawn[499] / 255)
 
 
 def test_crop_pads_with_mean_and_void_and_moves_both_alike():
