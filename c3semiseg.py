@@ -22,20 +22,23 @@ Where the paper is silent or its published code (which cannot run) differs, and 
 - the code's optimizer holds the backbone three times over at a tenth of the rate: about that is
   the default 0.3 (meant: --backbone-factor 0.1, the paper has one rate: 1.0);
 - four classifier branches as in DeepLab-v2; the code sums two (--aspp-rates 6 12);
-- ten epochs of warm-up are 2500 steps (code: 2250), in which labeled pixels are contrasted and
-  lambda_2 ramps up (code; paper: --no-warmup-contrast);
+- ten epochs of warm-up are 2500 steps (code: --warmup 2250), in which labeled pixels are
+  contrasted and lambda_2 ramps up (code; paper: --no-warmup-contrast);
 - images are mixed and contrasted in groups of 4 + 4, which was one GPU's (--group-size);
-- rotation, by whole degrees, is before the crop (code, labeled images: --rotate-labeled-last), its
-  corners count (code; not: --no-corners); BDD100K is scaled and has RandAugment (code, unlabeled
-  images: neither; of both sets: --scales 1.0 --operations 0);
+- rotation, by whole degrees, is before the crop (code, labeled images: --rotate-labeled-last); the
+  corners that it leaves on unlabeled images count (code; not: --no-corners);
+- BDD100K's unlabeled images are scaled and have RandAugment (code: --no-scale-unlabeled
+  --operations 0);
 - labeled images have no strong colours (figure 1's caption: --labeled-view strong) and are not used
   as unlabeled (code: all are on BDD100K, some on Cityscapes; --unlabeled all);
 - no image comes twice an epoch (code: --replacement); alpha is 0.99 at once (code:
   --ema-warm-start); no weight decay (code, though its settings have one: --weight-decay 5e-4);
-- --keep 1 is no DCRS (table 7; code: thresholds that stay, --threshold-momentum 1).
+- --keep 1 is no DCRS (table 7; in the code thresholds stay at 0.9 then: --threshold-momentum 1);
+- the last student is scored (code: the best on validation images, "best" in result.json).
 Without a flag, as the code: P_i leaves out i; embeddings are detached on one side, but not where
 labeled pixels meet labeled ones alone; teacher updated first in a step, batch norm frozen (with
---weights none trained, each batch's statistics in both networks), student evaluated.
+--weights none trained, each batch's statistics in both networks). Not as the code: where a group
+has more than 256 pairs of an image and a class to contrast, 256 are drawn.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -66,12 +69,13 @@ class Recipe:
 
     size: tuple[int, int] | None = (512, 1024)  # height, width images are resized to (4.1)
     scales: tuple[float, ...] = (1.0,)  # one is drawn for each image (4.1)
+    scale_unlabeled: bool = True  # unlabeled images too; code: no
     rotation: int = 10  # largest angle, degrees (4.1)
     rotate_labeled_last: bool = False  # labeled ones after crop and flip; code: yes
     crop: tuple[int, int] | None = (256, 512)  # height, width of the random crop (4.1)
     flip: bool = True  # random mirroring (4.1)
     batch_size: int = 16  # labeled images a step, and as many unlabeled (4.1)
-    unlabeled: Literal["rest", "all"] = "rest"  # images used so: those without labels (4.1) or all
+    unlabeled: Literal["rest", "all"] = "rest"  # those without labels (4.1), or all images
     replacement: bool = False  # images may come twice in an epoch; code: yes
     group_size: int = 4  # labeled images mixed and contrasted with as many unlabeled (code: a GPU)
     iterations: int = 25_000  # steps (4.1)
@@ -85,7 +89,7 @@ class Recipe:
     mixing: Literal["cross", "intra", "none"] = "cross"  # sets mixed by CutMix; table 6
     teacher_view: Literal["weak", "jitter", "strong"] = "weak"  # W, S, S+R of table 5
     student_view: Literal["weak", "jitter", "strong"] = "strong"  # of unlabeled images; table 5
-    labeled_view: Literal["weak", "jitter", "strong"] = "weak"  # student's; figure 1: strong
+    labeled_view: Literal["weak", "jitter", "strong"] = "weak"  # of labeled ones (4.1)
     jitter: float = 0.5  # brightness, contrast, saturation (code)
     hue: float = 0.25  # of the jitter (code)
     operations: int = 2  # of RandAugment drawn for an image (code)
@@ -93,7 +97,7 @@ class Recipe:
     magnitude: float = 10.0  # mean magnitude of the operations, 0 to 10 (code)
     average: Literal["pixel", "image"] = "pixel"  # pixels averaged over first; paper: image (eq. 1)
     consistency_weight: float = 50.0  # lambda_1 (4.1) of a mean over classes too (code)
-    consistency_ramp: int = 4_000  # steps of its ramp, from the end of the warm-up (4.1)
+    consistency_ramp: int = 4_000  # steps of its ramp (4.1), from the end of the warm-up (code)
     contrast_weight: float = 0.15  # lambda_2 in units of eq. 5 (code); paper: 0.1 (4.1)
     contrast_ramp: int = 250  # steps of its ramp, from the start (code)
     contrast: Literal["both", "labeled", "unlabeled", "none"] = "both"  # sets; D of table 4
@@ -433,15 +437,17 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     session = run.Run(recipe, args, data, split, state, **own)
     weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
     weak |= {"flip": recipe.flip, "mean": student.mean}
-    lasts = recipe.rotate_labeled_last, False
-    geometry = [scale_crop_flip(**weak, rotate_last=last) for last in lasts]
+    weak_u = weak if recipe.scale_unlabeled else {**weak, "scales": (1.0,)}
+    weak_l = scale_crop_flip(**weak, rotate_last=recipe.rotate_labeled_last)
     draw = {"warmup": recipe.warmup, "replacement": recipe.replacement}
-    batches_l, batches_u = session.batches(recipe.batch_size, *geometry, **draw)
+    batches_l, batches_u = session.batches(
+        recipe.batch_size, weak_l, scale_crop_flip(**weak_u), **draw
+    )
     for iteration in session.steps():
         semi = not args.supervised and iteration >= recipe.warmup
         decay = teacher_decay(recipe, iteration)
-        own = semi and iteration > recipe.warmup  # batch-norm statistics, of images it labels
-        update_teacher(teacher, student, decay=decay, buffers="keep" if own else "copy")
+        labels = semi and iteration > recipe.warmup  # with batch-norm statistics of its own
+        update_teacher(teacher, student, decay=decay, buffers="keep" if labels else "copy")
         groups = list(session.shares(batches_l, *[batches_u] * semi))
         if semi:
             unlabeled = label_groups(session, teacher, regions, views, [g[2:] for g in groups])

@@ -1,10 +1,12 @@
 """What a run writes down about itself, and how."""
 
+import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -32,6 +34,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save raises the latter
         partial_file.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def best_scores(log: Path, names: Iterable[str]) -> dict[str, dict]:
+    """Highest mIoU of each network in a log.jsonl, and its iteration: chosen on what is scored."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return {
+        name: max(
+            ({"iteration": e["iteration"], "miou": e[name]["miou"]} for e in entries if name in e),
+            key=itemgetter("miou"),
+        )
+        for name in names
+    }
 
 
 def commit() -> str | None:

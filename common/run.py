@@ -48,7 +48,7 @@ from common.processes import (
     meet,
     stop,
 )
-from common.record import commit, peak_memory, summary_writer, write_atomically
+from common.record import best_scores, commit, peak_memory, summary_writer, write_atomically
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
@@ -266,9 +266,8 @@ class Run:
         left = timedelta(seconds=round((self.recipe.iterations - done) / rate))
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         miou = "" if self.miou is None else f"  mIoU {100 * self.miou:.2f}%"
-        memory = f"{peak_memory(self.args.device):.2f} GiB"
-        progress = f"[{done}/{self.recipe.iterations}] {values}{miou}"
-        print(f"{progress}  {rate:.2f} steps/s  {left} left  {memory}", flush=True)
+        progress = f"[{done}/{self.recipe.iterations}] {values}{miou}  {rate:.2f} steps/s"
+        print(f"{progress}  {left} left  {peak_memory(self.args.device):.2f} GiB", flush=True)
 
     def _average_means(self) -> None:
         """Over the processes, in all of them: a checkpoint keeps the first one's."""
@@ -361,6 +360,7 @@ class Run:
             "evaluated": self.scored[0],
             "class_names": list(self.data.class_names),
             **scores,
+            "best": best_scores(self.folder / "log.jsonl", scores),
             "seconds": round(self.seconds, 1),
             "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
             "peak_memory_gib": round(peak_memory(self.args.device), 2),

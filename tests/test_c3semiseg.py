@@ -826,6 +826,7 @@ def test_alpha_of_each_step():
     warm = replace(recipe, ema_warm_start=True)
     alpha = [c3semiseg.teacher_decay(warm, step) for step in steps]
     assert alpha == pytest.approx([0, 0, 0, 8 / 9, 12 / 13, 96 / 97, 0.99, 0.99])
+    assert c3semiseg.teacher_decay(replace(warm, ema_decay=0.9999), 25_000) == 0.9999
 
 
 def test_core_never_waits_for_the_device():
@@ -1116,6 +1117,9 @@ def test_rates_and_schedule(command, camvid, tmp_path):
     step_log(command, camvid, tmp_path / "decay", "--weight-decay", 0.02)
     groups = state_of(tmp_path / "decay")["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.02, 0.02]
+    # A part of the gradient, whose size Adam takes out; taken off the weights it would be too much.
+    step_log(command, camvid, tmp_path / "much", "--weight-decay", 1e5, "--supervised")
+    assert state_of(tmp_path / "much")["student"]["conv1.weight"].abs().max() < 1
     step_log(command, camvid, tmp_path / "stop", "--iterations", 10)
     rates = [entry["lr"] for entry in read_log(tmp_path / "stop") if "lr" in entry]
     assert rates[-1] == 0 and len(rates) > 1
@@ -1208,6 +1212,46 @@ def test_labeled_images_alone_turn_last(command, camvid, tmp_path, monkeypatch):
     step_log(command, camvid, tmp_path / "last", *flags, "--rotate-labeled-last")
     for (labeled, unlabeled), (turned, same) in zip(seen[:3], seen[3:], strict=True):
         assert torch.equal(unlabeled, same) and not torch.equal(labeled, turned)
+    flags += ("--rotation", 0, "--scales", 0.75, 1.25)
+    for name in ("--no-rotate-labeled-last", "--rotate-labeled-last"):  # flip and scale as before
+        step_log(command, camvid, tmp_path / f"upright{name}", *flags, name)
+    for one, other in zip(seen[6:9], seen[9:], strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_unlabeled_images_may_keep_their_scale(command, camvid, tmp_path, monkeypatch):
+    made, geometry = [], c3semiseg.scale_crop_flip
+    monkeypatch.setattr(
+        c3semiseg, "scale_crop_flip", lambda **how: (made.append(how), geometry(**how))[1]
+    )
+    flags = ("--scales", 0.75, 1.25, "--crop", 32, 48)
+    step_log(command, camvid, tmp_path / "both", *flags)
+    step_log(command, camvid, tmp_path / "labeled", *flags, "--no-scale-unlabeled")
+    scales = [how["scales"] for how in made]  # of labeled and of unlabeled images
+    assert scales == [(0.75, 1.25), (0.75, 1.25), (0.75, 1.25), (1.0,)]
+
+
+@pytest.mark.parametrize("flags", [(), ("--supervised",)])
+def test_replacement_is_for_both_sets(command, camvid, tmp_path, monkeypatch, flags):
+    made, batches = [], run.Batches
+    monkeypatch.setattr(run, "Batches", lambda *a, **k: made.append(batches(*a, **k)) or made[-1])
+    step_log(command, camvid, tmp_path / "run", *flags, "--seed", 7, "--replacement")
+    step_log(command, camvid, tmp_path / "usual", *flags)
+    drawn = [(batch.seed, batch.stream, batch.replacement) for batch in made]
+    assert drawn == [(7, 0, True), (7, 1, True), (0, 0, False), (0, 1, False)]
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_the_teacher_s_updates(command, camvid, tmp_path, monkeypatch, supervised):
+    updates, update = [], c3semiseg.update_teacher
+    monkeypatch.setattr(
+        c3semiseg, "update_teacher", lambda *a, **k: (updates.append(k), update(*a, **k))[1]
+    )
+    flags = ["--supervised"] * supervised
+    step_log(command, camvid, tmp_path / "run", "--ema-decay", 0.6, *flags)
+    assert [how["decay"] for how in updates] == [0, 0, 0, 0.6, 0.6]
+    last = "copy" if supervised else "keep"
+    assert [how["buffers"] for how in updates] == ["copy"] * 3 + [last] * 2
 
 
 def test_labeled_images_may_be_unlabeled_ones_too(command, camvid, tmp_path):
@@ -1215,6 +1259,8 @@ def test_labeled_images_may_be_unlabeled_ones_too(command, camvid, tmp_path):
     for which, unlabeled in (("rest", 4), ("all", 8)):
         status, printed, _ = command("c3semiseg", *args, which, "--output-dir", tmp_path / which)
         assert status == 0 and f"and {unlabeled} unlabeled of 8" in printed
+    status, printed, _ = command("c3semiseg", "--resume", tmp_path / "all/last.pt")
+    assert status == 0 and "and 8 unlabeled of 8" in printed
 
 
 def test_contrast_of_many_classes_in_bounded_memory(monkeypatch):

@@ -227,7 +227,7 @@ def batches(
     images, transform=identity, *, start=0, workers=0, count=7, size=3, indices=None, **how
 ):
     indices = indices if indices is not None else list(range(len(images)))
-    drawn = Batches(images, indices, size, transform, seed=5, stream=1, **how)
+    drawn = Batches(images, indices, size, transform, **{"seed": 5, "stream": 1, **how})
     stream = endless(drawn, start, workers, CPU)
     return [next(stream) for _ in range(count)]
 
@@ -281,6 +281,13 @@ def test_with_replacement_every_index_is_drawn_from_all():
     assert sum(torch.equal(*pair) for pair in itertools.pairwise(drawn)) < 3
     later = batches(images, **how, start=498, count=2)
     assert torch.equal(later[1][0][:, 0, 0, 0], drawn[499] / 255)
+    parts = [batches(images, **how, part=part, parts=2, count=40) for part in (0, 1)]
+    for whole, *halves in zip(drawn, *parts, strict=False):
+        assert torch.equal(whole / 255, torch.cat([image[:, 0, 0, 0] for image, _ in halves]))
+    for other in ({"seed": 6}, {"stream": 0}):
+        (again, _), *_ = batches(images, **{**how, **other, "size": 50})
+        (once, _), *_ = batches(images, **{**how, "size": 50})
+        assert not torch.equal(again, once)
 
 
 def test_crop_pads_with_mean_and_void_and_moves_both_alike():

@@ -56,6 +56,10 @@ def test_run_leaves_everything_a_user_needs(command, camvid, tmp_path):
     assert [entry["iteration"] for entry in evaluations] == [10, 20, 24]
     result = json.loads((out / "result.json").read_text())
     assert result["student"] == evaluations[-1]["student"]
+    for name in ("student", "teacher"):
+        scores = {entry["iteration"]: entry[name]["miou"] for entry in evaluations}
+        best = result["best"][name]
+        assert best["miou"] == max(scores.values()) == scores[best["iteration"]]
     assert len(result["teacher"]["iou"]) == 11 and result["steps_per_second"] > 0
     assert {p.name for p in (out / "samples").iterdir()} == {f"{k:06d}.png" for k in (10, 20, 24)}
     status, printed, _ = command("classmix", "--evaluate", out / "last.pt")
