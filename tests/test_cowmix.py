@@ -669,8 +669,9 @@ def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
         return perturb(recipe, student, teacher, fill, *batches, seed=seed)
 
     def spy_batches(*what, **options):
-        drawn.append((what[1], what[-1]))
-        return batches(*what, **options)
+        made = batches(*what, **options)
+        drawn.append((made.indices, made.stream))
+        return made
 
     monkeypatch.setattr(cowmix, "mixing_loss", spy_loss)
     monkeypatch.setattr(cowmix, "update_teacher", spy_update)
