@@ -435,19 +435,20 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     contrast = None if student.projection is None else partial(contrast_loss, **sampling)
     own = {"weights": weights, "headline": "student", "accumulate": accumulate}
     session = run.Run(recipe, args, data, split, state, **own)
-    weak = {"scales": recipe.scales, "rotation": recipe.rotation, "crop": recipe.crop}
-    weak |= {"flip": recipe.flip, "mean": student.mean}
-    weak_u = weak if recipe.scale_unlabeled else {**weak, "scales": (1.0,)}
-    weak_l = scale_crop_flip(**weak, rotate_last=recipe.rotate_labeled_last)
+    weak = {"rotation": recipe.rotation, "crop": recipe.crop, "flip": recipe.flip}
+    weak |= {"mean": student.mean}
+    scales_u = recipe.scales if recipe.scale_unlabeled else (1.0,)
+    last = recipe.rotate_labeled_last
+    weak_l = scale_crop_flip(**weak, scales=recipe.scales, rotate_last=last)
+    weak_u = scale_crop_flip(**weak, scales=scales_u)
     draw = {"warmup": recipe.warmup, "replacement": recipe.replacement}
-    batches_l, batches_u = session.batches(
-        recipe.batch_size, weak_l, scale_crop_flip(**weak_u), **draw
-    )
+    batches_l, batches_u = session.batches(recipe.batch_size, weak_l, weak_u, **draw)
     for iteration in session.steps():
         semi = not args.supervised and iteration >= recipe.warmup
         decay = teacher_decay(recipe, iteration)
-        labels = semi and iteration > recipe.warmup  # with batch-norm statistics of its own
-        update_teacher(teacher, student, decay=decay, buffers="keep" if labels else "copy")
+        # Batch-norm statistics are its own once it has labeled images.
+        buffers = "keep" if semi and iteration > recipe.warmup else "copy"
+        update_teacher(teacher, student, decay=decay, buffers=buffers)
         groups = list(session.shares(batches_l, *[batches_u] * semi))
         if semi:
             unlabeled = label_groups(session, teacher, regions, views, [g[2:] for g in groups])

@@ -354,13 +354,13 @@ class Batches(Dataset):
         self.images.prepare()
 
     def __getitem__(self, t: int) -> tuple[Tensor, Tensor]:
-        length = 1 if self.replacement else max(len(self.indices) // self.batch_size, 1)
-        epoch, k = divmod(t, length)
-        draw = np.random.default_rng((self.seed, self.stream, epoch))
+        draw = np.random.default_rng
         if self.replacement:
-            batch = draw.choice(self.indices, self.batch_size)
+            batch = draw((self.seed, self.stream, t)).choice(self.indices, self.batch_size)
         else:
-            batch = draw.permutation(self.indices)[k * self.batch_size : (k + 1) * self.batch_size]
+            epoch, k = divmod(t, max(len(self.indices) // self.batch_size, 1))
+            order = draw((self.seed, self.stream, epoch)).permutation(self.indices)
+            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
         batch = np.resize(batch, self.batch_size).tolist()  # repeats what is too short
         seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(len(batch))
         mine = slice(self.part * self.batch_size // self.parts, None)

@@ -160,7 +160,7 @@ def _options(name: str, kind, presets: Iterable) -> dict:
     zero = zero or name in ("warmup", "rotation", "operations")
     smallest = 0 if zero or (kind is float and not is_range) else {int: 1, float: 0.01}[kind]
     smallest = {"size": 16, "crop": 16, "ict_alpha": 0.01, "temperature": 0.01}.get(name, smallest)
-    share = name.endswith(("probability", "ema_decay", "threshold", "momentum", "p_range"))
+    share = name.endswith(("probability", "decay", "threshold", "momentum", "p_range"))
     smallest = 0 if share else smallest
     return {**options, "type": _number(smallest, kind, 1.0 if share else math.inf)}
 

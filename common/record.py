@@ -6,7 +6,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -39,13 +38,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def best_scores(log: Path, names: Iterable[str]) -> dict[str, dict]:
     """Highest mIoU of each network in a log.jsonl, and its iteration: chosen on what is scored."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    return {
-        name: max(
-            ({"iteration": e["iteration"], "miou": e[name]["miou"]} for e in entries if name in e),
-            key=itemgetter("miou"),
-        )
-        for name in names
-    }
+    best = {}
+    for name in names:
+        miou, iteration = max((e[name]["miou"], e["iteration"]) for e in entries if name in e)
+        best[name] = {"iteration": iteration, "miou": miou}
+    return best
 
 
 def commit() -> str | None:
