@@ -1,98 +1,104 @@
 """ClassMix (Olsson, Tranheden, Pinto, Svensson; WACV 2021, arXiv:2007.07936).
 
-A mean teacher labels two unlabeled images; half of the classes that it sees in one are cut out
-and pasted on the other, labels alike. The student learns from the mixed image and its
-pseudo-label, weighted by the share of pixels that the teacher is confident of.
+A mean teacher labels two unlabeled images. Half of the classes that it finds in the first image
+are cut out and pasted onto the second image, and so are their labels. The student learns from the
+mixed image. The loss is weighted by the share of pixels of which the teacher is confident.
 
-    class_mask                 algorithm 1, lines 4-6
-    mix                        algorithm 1, lines 7-8
-    unlabeled_weight           lambda of equation 1 (section 3.3; other weightings: 4.3)
-    cross_entropy              equation 2, labeled term of equation 1
-    consistency                equation 2, unlabeled term of equation 1 (other losses: table 3)
-    classmix_loss              algorithm 1 and the second term of equation 1
-    cow_mask, cut_mask         the other mixes of table 3
+    function            paper
+    class_mask          algorithm 1, lines 4-6
+    mix                 algorithm 1, lines 7-8
+    unlabeled_weight    lambda of equation 1 (section 3.3; alternatives: section 4.3)
+    cross_entropy       equation 2, labeled term of equation 1
+    consistency         equation 2, unlabeled term of equation 1 (alternatives: table 3)
+    classmix_loss       algorithm 1 and the second term of equation 1
+    cow_mask, cut_mask  the other masks of table 3
 
-Where paper and published code differ; each has a flag:
-- four classifier branches as in DeepLab-v2; the code sums two (--aspp-rates 6 12);
-- lambda is one share per batch, as in the code; the paper says per image (--weight-scope sample);
-- no Nesterov momentum, as in the code; the paper has it (--nesterov);
-- no colour jitter and blur, as in the paper; the code's Cityscapes settings have both
-  (--extra-augmentations; here each image has its own draw, and jitter is torchvision's);
-- VOC images are mirrored and scaled by 0.5 to 1.5, as in the paper (code: never, 0.5 to 1.6);
-- the code's optimizer holds the backbone three times over: --lr 7.5e-4 --head-factor 3.33 is near
-  what it does; the squared error is summed over classes, as in the paper (code: averaged);
-- the paper starts from COCO weights (--weights FILE); they are no longer on line.
-As in the code: batch statistics, frozen affine parameters (trained with --weights none), student
-evaluated, labeled images not used unlabeled. Not as in the code: file lists are sorted.
+    choice               paper          published code     here          flag
+    classifiers          four branches  sums two of them   four          --aspp-rates 6 12
+    lambda is a share    of an image    of a batch         of a batch    --weight-scope sample
+    Nesterov momentum    yes            no                 no            --nesterov
+    jitter and blur      in table 3     on Cityscapes      no            --extra-augmentations
+      drawn              -              once a batch       once an image
+    VOC: mirrored        yes            no                 yes           --no-flip
+    VOC: scale           0.5 to 1.5     0.5 to 1.6         0.5 to 1.5    --scale-range 0.5 1.6
+    squared error        sum over K     mean over K        sum over K
+    backbone parameters  listed once    listed thrice (1)  listed once   --lr 7.5e-4
+                                                                         --head-factor 3.33
+    initial weights      COCO           COCO               ImageNet (2)  --weights FILE
+    batch norm           -              batch statistics, affine parameters frozen (3)
+    evaluated            -              student            student and teacher
+    unlabeled images     -              without labeled    without labeled
+    file lists           -              unsorted           sorted
+
+(1) The optimizer of the published code holds backbone parameters several times, which multiplies
+their steps; the flags approximate this. (2) The COCO weights are no longer online. (3) Trained with
+--weights none.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
-Measured: 56.6% mIoU on streets with 32 labels, supervised 51.5% (3 seeds; README.md, results/).
+Measured on streets with 32 labels: 56.6% mIoU, supervised 51.5% (3 seeds; README.md, results/).
 """
 
 import argparse
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from common import run
-from common.augment import jitter_and_blur, scale_crop_flip
+from common import InputError, run
+from common.augment import scale_crop_flip, seeded, without_label
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
 from common.ema import make_teacher, update_teacher
+from common.flags import Count, Positive, Share
 
-UnlabeledLoss = Literal["cross-entropy", "soft-cross-entropy", "squared-error"]
+Kind = Literal["cross-entropy", "soft-cross-entropy", "squared-error"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of section 4.1 (Cityscapes) and table 3; "code": not in the paper."""
+    """Numbers of section 4.1 for Cityscapes. Parentheses name another source; "code": no paper."""
 
-    size: tuple[int, int] | None = (512, 1024)  # height, width images are resized to (4.1)
-    crop: tuple[int, int] | None = None  # random crop; 512 512 in table 3
-    scale_range: tuple[float, float] = (1.0, 1.0)  # random scale before the crop (4.1)
-    flip: bool = False  # random mirroring (4.1)
-    batch_size: int = 2  # labeled images a step, and as many unlabeled (4.1)
-    iterations: int = 40_000  # steps (4.1); 80000 in table 3
-    warmup: int = 0  # first steps on labeled images only; not in the paper
-    optimizer: Literal["sgd", "adam"] = "sgd"  # sgd (4.1); adam is not in the paper
-    lr: float = 2.5e-4  # of the backbone (4.1)
-    head_factor: float = 10.0  # classifiers learn at head_factor * lr (code)
-    lr_power: float = 0.9  # lr * (1 - iteration / iterations) ** lr_power (4.1)
-    momentum: float = 0.9  # of SGD (4.1)
-    nesterov: bool = False  # paper: yes (4.1); code: no
-    weight_decay: float = 5e-4  # of all that learns (4.1)
-    ema_decay: float = 0.99  # of the teacher, min(1 - 1 / (iteration + 1), ema_decay) (code)
-    mask: Literal["class", "cow", "cut"] = "class"  # what is pasted; table 3
-    sigma_range: tuple[float, float] = (8.0, 32.0)  # of cow masks, pixels (code)
-    weighting: Literal["fraction", "pixel", "ramp", "constant"] = "fraction"  # lambda; table 3
-    weight_scope: Literal["batch", "sample"] = "batch"  # fraction of what; paper: sample (3.3)
-    confidence_threshold: float = 0.968  # tau (4.3)
-    ramp_iterations: int = 10_000  # of weighting ramp (4.3)
-    unlabeled_loss: UnlabeledLoss = "cross-entropy"  # of hard labels, else soft ones; table 3
-    extra_augmentations: bool = False  # jitter and blur of mixed images; table 3
-    jitter: float = 0.25  # brightness, contrast, saturation, hue (code)
-    jitter_probability: float = 0.8  # of an image to be jittered (code)
-    blur_sigma: tuple[float, float] = (0.15, 1.15)  # range of the blur, pixels (code)
-    blur_probability: float = 0.5  # of an image to be blurred (code)
-    layers: tuple[int, int, int, int] = (3, 4, 23, 3)  # bottlenecks a stage: ResNet-101 (4.1)
-    width: int = 64  # channels of the stem
-    aspp_rates: tuple[int, ...] = (6, 12, 18, 24)  # dilations of the classifiers; code: 6 12
+    size: tuple[Count, Count] | None = (512, 1024)  # height and width of resized images, pixels
+    crop: tuple[Count, Count] | None = None  # height and width of random crops, pixels (table 3)
+    scale_range: tuple[Positive, Positive] = (1.0, 1.0)  # random scale before the crop
+    flip: bool = False  # mirror images at random
+    batch_size: Count = 2  # labeled images in a step, and as many unlabeled ones
+    iterations: Count = 40_000  # training steps (80000 in table 3)
+    warmup: int = 0  # first steps, on labeled images only (not in the paper)
+    optimizer: Literal["sgd", "adam"] = "sgd"  # SGD in the paper
+    lr: float = 2.5e-4  # learning rate of the backbone
+    head_factor: float = 10.0  # the classifiers' learning rate, as a multiple of lr (code)
+    lr_power: float = 0.9  # lr is multiplied by (1 - iteration / iterations) ** lr_power
+    momentum: Share = 0.9  # momentum of SGD
+    nesterov: bool = False  # use Nesterov momentum (paper: yes, code: no)
+    weight_decay: float = 5e-4  # weight decay of all trained parameters
+    ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
+    mask: Literal["class", "cow", "cut"] = "class"  # what is pasted (table 3)
+    sigma_range: tuple[Positive, Positive] = (8.0, 32.0)  # blur of cow masks, pixels (code)
+    weighting: Literal["fraction", "pixel", "ramp", "constant"] = "fraction"  # lambda (table 3)
+    weight_scope: Literal["batch", "sample"] = "batch"  # fraction of a batch (code), or of an image
+    confidence_threshold: Share = 0.968  # tau, the least confidence that counts (4.3)
+    ramp_iterations: Count = 10_000  # length of the ramp of --weighting ramp, steps (4.3)
+    unlabeled_loss: Kind = "cross-entropy"  # loss between student and teacher (table 3)
+    extra_augmentations: bool = False  # jitter and blur mixed images (table 3)
+    jitter: float = 0.25  # strength in brightness, contrast, saturation and hue (code)
+    jitter_probability: Share = 0.8  # share of the mixed images that are jittered (code)
+    blur_sigma: tuple[Positive, Positive] = (0.15, 1.15)  # standard deviation, pixels (code)
+    blur_probability: Share = 0.5  # share of the mixed images that are blurred (code)
+    layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
+    width: Count = 64  # channels of the first convolution
+    aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers (code: 6 12)
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
 SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
 ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
-# Not in the paper: camvid and bdd100k (Cityscapes' recipe, other sizes), folder (VOC's), streets.
+# The paper has cityscapes and voc (4.1). camvid and bdd100k follow the former, folder the latter.
 RECIPES = {
     "cityscapes": Recipe(),
-    "voc": VOC,  # section 4.1
+    "voc": VOC,
     "camvid": replace(Recipe(), size=(360, 480), flip=True),
     "bdd100k": replace(Recipe(), size=(360, 640)),
     "folder": VOC,
@@ -102,19 +108,26 @@ RECIPES = {
 
 # ---- The method: depends only on torch; copy from here ----
 
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 
 def class_mask(pseudo_label: Tensor, num_classes: int, *, scores=None, generator=None) -> Tensor:
-    """Pixels of a random half of the classes present in each image (alg. 1, l. 4-6).
+    """Pixels of a random half of the classes present in each image (algorithm 1, lines 4-6).
 
-    (B,H,W) int64 -> (B,H,W) bool. Of n classes the floor(n/2) with the lowest scores (B,K) are
-    chosen, uniform noise unless given. Ids outside 0..K-1 are never chosen.
+    (B,H,W) int64 -> (B,H,W) bool. Of n classes present, the floor(n/2) with the lowest scores are
+    chosen. scores (B,K) are uniform noise unless given. Ids outside 0..K-1 are never chosen.
     """
     if scores is None:
         shape, device = (len(pseudo_label), num_classes), pseudo_label.device
         scores = torch.rand(shape, generator=generator, device=device)
     in_range = (pseudo_label >= 0) & (pseudo_label < num_classes)
-    index = torch.where(in_range, pseudo_label, num_classes).flatten(1)
-    present = F.pad(torch.zeros_like(scores, dtype=torch.bool), (0, 1))
+    index = torch.where(in_range, pseudo_label, num_classes).flatten(1)  # K: out of range
+    present = torch.zeros(len(index), num_classes + 1, dtype=torch.bool, device=index.device)
     present = present.scatter(1, index, True)[:, :num_classes]
     rank = scores.masked_fill(~present, torch.inf).argsort(1).argsort(1)
     chosen = rank < present.sum(1, keepdim=True) // 2
@@ -122,16 +135,16 @@ def class_mask(pseudo_label: Tensor, num_classes: int, *, scores=None, generator
 
 
 def cow_mask(batch: int, size: tuple, *, sigma_range: tuple, generator=None, device=None) -> Tensor:
-    """Spots of blurred noise above its mean (table 3; French et al. 2020): (B,*size) bool.
+    """Spots where blurred noise is above its mean (table 3; French et al. 2020): (B,*size) bool.
 
-    One Gaussian per mask, its sigma (pixels) log-uniform in sigma_range. Noise mirrored at the
-    edges is blurred by scaling its cosine transform.
+    The blur of each mask is log-uniform in sigma_range, pixels. Noise, mirrored at the edges, is
+    blurred by damping its cosine transform.
     """
-    low, high = map(math.log, sigma_range)
-    draw = {"generator": generator, "device": device}
-    sigma = (low + (high - low) * torch.rand(batch, 1, 1, **draw)).exp()
-    smooth = torch.randn(batch, *size, **draw)
-    for n in size:  # along dimension 1, which the transpose makes the height, then the width
+    low, high = math.log(sigma_range[0]), math.log(sigma_range[1])
+    uniform = torch.rand(batch, 1, 1, generator=generator, device=device)
+    sigma = (low + (high - low) * uniform).exp()
+    smooth = torch.randn(batch, *size, generator=generator, device=device)
+    for n in size:  # dimension 1 is the height, then, transposed, the width
         k = torch.arange(n, device=device)
         cosine = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * (2 / n) ** 0.5
         cosine[0] /= 2**0.5
@@ -143,15 +156,15 @@ def cow_mask(batch: int, size: tuple, *, sigma_range: tuple, generator=None, dev
 def cut_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
     """CutMix with half of the area (table 3): (B,*size) bool, False inside one box per mask.
 
-    The width is uniform in [W/2, W], the height HW/2 over it, the place uniform.
+    The width is uniform in [W/2, W], the height is HW/2 divided by it, the place is uniform.
     """
     height, width = size
-    draw = torch.rand(3, batch, 1, 1, generator=generator, device=device)
+    uniform = torch.rand(3, batch, 1, 1, generator=generator, device=device)
     narrowest = (width + 1) // 2
-    box_width = (narrowest + draw[0] * (width - narrowest + 1)).floor().clamp(max=width)
+    box_width = (narrowest + uniform[0] * (width - narrowest + 1)).floor().clamp(max=width)
     box_height = (height * width / 2 / box_width).round().clamp(max=height)
-    left = (draw[1] * (width - box_width + 1)).floor()
-    top = (draw[2] * (height - box_height + 1)).floor()
+    left = (uniform[1] * (width - box_width + 1)).floor()
+    top = (uniform[2] * (height - box_height + 1)).floor()
     row = torch.arange(height, device=device).view(-1, 1)
     column = torch.arange(width, device=device)
     inside_rows = (row >= top) & (row < top + box_height)
@@ -159,42 +172,42 @@ def cut_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
 
 
 def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a where mask, else b: (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
+    """a where the mask is True, else b: (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
     return torch.where(mask if a.dim() == mask.dim() else mask.unsqueeze(1), a, b)
 
 
 def sigmoid_ramp(iteration: int, length: int) -> float:
-    """exp(-5 (1 - t)^2), t = iteration / length up to 1 (sec. 4.3, "sigmoid ramp up")."""
+    """exp(-5 (1 - t)^2), where t = iteration / length grows to 1 (section 4.3)."""
     return math.exp(-5 * (1 - min(1.0, iteration / length)) ** 2)
 
 
 def unlabeled_weight(
     confidence: Tensor, threshold: float, *, weighting: str, scope: str, ramp: float
 ) -> Tensor:
-    """lambda (eq. 1): (B,H,W) mixed confidence -> (B,H,W), (B,1,1) or (1,1,1).
+    """lambda (equation 1): (B,H,W) confidence of mixed images -> (B,H,W), (B,1,1) or (1,1,1).
 
-    "fraction" of confident pixels in the "batch" or in each "sample"; "pixel": 1 where confident,
-    else 0; "ramp": the value given; "constant": 1.
+    "fraction": the share of confident pixels in the "batch" or in each "sample"; "pixel": 1 for a
+    confident pixel, else 0; "ramp": the value of ramp; "constant": 1.
     """
     confident = (confidence >= threshold).float()
     if weighting == "pixel":
         return confident
-    if weighting != "fraction":
-        return torch.full_like(confident[:1, :1, :1], ramp if weighting == "ramp" else 1.0)
-    return confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
+    if weighting == "fraction":
+        return confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
+    return torch.full_like(confident[:1, :1, :1], ramp if weighting == "ramp" else 1.0)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
-    """Mean over the batch's labeled pixels (eq. 2): (B,K,H,W), (B,H,W) int64 -> scalar.
+    """Mean over the batch's labeled pixels (equation 2): (B,K,H,W), (B,H,W) int64 -> scalar.
 
-    Void pixels do not count; 0 where all are void.
+    Void pixels do not count. If all pixels are void, the loss is 0.
     """
     total = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="sum")
     return total / (label != ignore_index).sum().clamp(min=1)
 
 
 def consistency(logits: Tensor, pseudo_label: Tensor, prob: Tensor, kind: str) -> Tensor:
-    """Loss of each pixel (eq. 2; sec. 4.3): (B,K,H,W), (B,H,W) int64, (B,K,H,W) -> (B,H,W)."""
+    """Loss of each pixel (equation 2, table 3): (B,K,H,W), (B,H,W), (B,K,H,W) -> (B,H,W)."""
     if kind == "squared-error":
         return (logits.softmax(1) - prob).square().sum(1)
     target = pseudo_label if kind == "cross-entropy" else prob
@@ -207,24 +220,24 @@ def classmix_loss(
     image: Tensor,
     *,
     make_mask: Callable[[Tensor], Tensor],
-    augment: Callable[[Tensor], Tensor],  # of the mixed images
+    augment: Callable[[Tensor], Tensor] = lambda image: image,
     threshold: float = 0.968,
     weighting: str = "fraction",
     scope: str = "batch",
     ramp: float = 1.0,
     kind: str = "cross-entropy",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Second term of eq. 1 on one unlabeled batch: (B,3,H,W) -> scalar, what it was made of.
+    """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
-    Each image is pasted on the next one of the batch, the last on the first. make_mask turns
-    pseudo-labels (B,H,W) into masks.
+    Each image is pasted onto the next one of the batch, and the last onto the first. make_mask
+    turns pseudo-labels (B,H,W) into masks. augment changes the mixed images.
     """
     with torch.no_grad():
-        prob = teacher(image).float().softmax(1)  # S_A, S_B (l. 1-2), argmax (l. 3)
-        confidence, pseudo_label = prob.max(1)
-        mask = make_mask(pseudo_label)  # M
-        image_mix = augment(mix(mask, image, image.roll(-1, 0)))  # M * A + (1 - M) * B (l. 7)
-        label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # (l. 8; argmax first: same)
+        prob = teacher(image).float().softmax(1)  # S_A, S_B (lines 1-2)
+        confidence, pseudo_label = prob.max(1)  # (line 3)
+        mask = make_mask(pseudo_label)  # M (lines 4-6)
+        image_mix = augment(mix(mask, image, image.roll(-1, 0)))  # M * A + (1 - M) * B (line 7)
+        label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # (line 8)
         prob_mix = mix(mask, prob, prob.roll(-1, 0)) if kind != "cross-entropy" else None
         confidence_mix = mix(mask, confidence, confidence.roll(-1, 0))
         weight = unlabeled_weight(
@@ -232,91 +245,134 @@ def classmix_loss(
         )
     logits = student(image_mix)
     loss = (weight * consistency(logits, label_mix, prob_mix, kind)).mean()
-    seen = {"pseudo_label": pseudo_label, "mask": mask, "image_mix": image_mix}
-    return loss, {**seen, "logits": logits.detach(), "lambda": weight.mean()}
+    details = {"pseudo_label": pseudo_label, "mask": mask, "mixed_image": image_mix}
+    return loss, {**details, "prediction": logits.detach(), "lambda": weight.mean()}
 
 
 # ---- to here ----
 
 
-def network(recipe: Recipe, num_classes: int, pretrained: bool) -> DeepLabV2:
-    """The paper's network; batch-norm affine parameters stay as they were pretrained."""
-    shape = {"layers": recipe.layers, "width": recipe.width, "rates": recipe.aspp_rates}
-    return DeepLabV2(num_classes, **shape, batch_norm="batch", train_affine=not pretrained)
+def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> DeepLabV2:
+    """Builds the paper's network. Pretrained batch-norm weights and biases stay as they are."""
+    return DeepLabV2(
+        num_classes,
+        layers=recipe.layers,
+        width=recipe.width,
+        rates=recipe.aspp_rates,
+        batch_norm="batch",
+        train_affine=not pretrained,
+    )
+
+
+def make_optimizer(recipe: Recipe, student: nn.Module):
+    """Returns the optimizer and the schedule of its learning rate (section 4.1)."""
+    groups = student.parameter_groups(recipe.lr, recipe.head_factor)
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
+    else:
+        options = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        optimizer = torch.optim.SGD(groups, weight_decay=recipe.weight_decay, **options)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
+    return optimizer, schedule
 
 
 def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor) -> Tensor:
-    """The recipe's kind of mask for a batch of pseudo-labels (B,H,W)."""
+    """Draws masks of the recipe's kind for pseudo-labels (B,H,W)."""
     if recipe.mask == "class":
         return class_mask(pseudo_label, num_classes, generator=generator)
     batch, *size = pseudo_label.shape
-    draw = {"generator": generator, "device": pseudo_label.device}
+    where = {"generator": generator, "device": pseudo_label.device}
     if recipe.mask == "cow":
-        return cow_mask(batch, size, sigma_range=recipe.sigma_range, **draw)
-    return cut_mask(batch, size, **draw)
+        return cow_mask(batch, size, sigma_range=recipe.sigma_range, **where)
+    return cut_mask(batch, size, **where)
 
 
-def train(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Equation 1: labeled loss, unlabeled loss, step, teacher."""
-    run.check_recipe(recipe, args)
+def jitter_and_blur(recipe: Recipe) -> Callable[[int, Tensor], Tensor]:
+    """The extra augmentations of table 3, each image on its own; without them, the identity.
+
+    Returns augment(seed, image): float (B,3,H,W) in [0,1] -> same.
+    """
+    if not recipe.extra_augmentations:
+        return lambda _, image: image
+    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.jitter, 0.5))
+    blur = v2.GaussianBlur(2 * int(4 * recipe.blur_sigma[1] + 1) + 1, recipe.blur_sigma)
+    jitter = v2.RandomApply([jitter], recipe.jitter_probability)
+    change = v2.Compose([jitter, v2.RandomApply([blur], recipe.blur_probability)])
+    return partial(seeded, lambda image: torch.stack([change(single) for single in image]))
+
+
+def check(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not go together."""
+    run.check_batch_size(recipe.batch_size, args, accumulate=args.accumulate, least=2)
+    if recipe.scale_range != (1.0, 1.0) and recipe.crop is None:
+        raise InputError("--scale-range: needs --crop, because scaled images differ in size")
+    if recipe.nesterov and recipe.momentum == 0:
+        raise InputError("--nesterov: needs --momentum above 0")
+    if recipe.warmup >= recipe.iterations and not args.supervised:
+        reason = f"{recipe.iterations} iterations, but {recipe.warmup} of them are warm-up"
+        raise InputError(f"{reason}: raise --iterations or lower --warmup")
+
+
+def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) -> None:
+    """Equation 1: labeled loss, unlabeled loss, optimizer step, teacher.
+
+    Benchmarks and tests call it with a make_session of their own.
+    """
+    check(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
-    split = select(data.train, args, batch_size=recipe.batch_size)
+    labeled, unlabeled = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
-    student = network(recipe, data.num_classes, args.weights != "none").to(args.device)
-    weights = "of the checkpoint" if args.checkpoint else load_weights(student, args.weights)
+    student = network(recipe, data.num_classes, pretrained=args.weights != "none").to(args.device)
+    if args.checkpoint is None:
+        print(f"weights: {load_weights(student, args.weights)}")
     teacher = make_teacher(student, train_mode=True)
-    groups = student.parameter_groups(recipe.lr, recipe.head_factor)
-    sgd = partial(
-        torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0
-    )
-    make_optimizer = sgd if recipe.optimizer == "sgd" else torch.optim.Adam
-    optimizer = make_optimizer(groups, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
+    optimizer, schedule = make_optimizer(recipe, student)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
-    strong = jitter_and_blur(
-        recipe.jitter, recipe.jitter_probability, recipe.blur_sigma, recipe.blur_probability
-    )
-    session = run.Run(recipe, args, data, split, state, weights=weights, headline="student")
+    session = make_session(recipe, args, data, (labeled, unlabeled), state, headline="student")
+    start = session.restore()
     weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
     transform = scale_crop_flip(**weak, mean=student.mean)
-    batches_l, batches_u = session.batches(recipe.batch_size, transform, warmup=recipe.warmup)
-    for iteration in session.steps():
+    batches_l = session.batches(labeled, transform, stream=0, start=start)
+    first = max(start, recipe.warmup)
+    batches_u = session.batches(unlabeled, without_label(transform), stream=1, start=first)
+    augment = jitter_and_blur(recipe)
+    student = run.prepare(student, args, train=True)
+    teacher = run.prepare(teacher, args, train=False)
+    for iteration in range(start, recipe.iterations):
         mixing = not args.supervised and iteration >= recipe.warmup
-        sources = (batches_l, batches_u) if mixing else (batches_l,)
-        for image_l, label_l, *unlabeled in session.shares(*sources):
-            with session.forward(last=not mixing):
-                logits_l = session.student(image_l)
+        for micro_batch in session.micro_batches:  # their gradients add up
+            image_l, label_l = next(batches_l)
+            logits_l = student(image_l)
             loss_l = cross_entropy(logits_l, label_l)
             (loss_l / args.accumulate).backward()
-            session.log(loss_l=loss_l)
-            samples = {"labeled": image_l, "truth": label_l, "logits": logits_l.detach()}
+            session.log({"loss_l": loss_l})
+            pictures = {"labeled": image_l, "truth": label_l, "prediction": logits_l.detach()}
             if not mixing:
                 continue
-            image_u, generator = unlabeled[0], session.generator("mask")
-            change = partial(strong, session.step_seed("augment"))
-            with session.forward(last=True):
-                loss_u, seen = classmix_loss(
-                    session.student,
-                    teacher,
-                    image_u,
-                    make_mask=partial(make_mask, recipe, data.num_classes, generator),
-                    augment=change if recipe.extra_augmentations else nn.Identity(),
-                    threshold=recipe.confidence_threshold,
-                    weighting=recipe.weighting,
-                    scope=recipe.weight_scope,
-                    ramp=sigmoid_ramp(iteration, recipe.ramp_iterations),
-                    kind=recipe.unlabeled_loss,
-                )
+            image_u, _ = next(batches_u)
+            seed = partial(run.step_seed, args.seed, iteration, micro_batch)
+            generator = torch.Generator(args.device).manual_seed(seed("mask"))
+            loss_u, details = classmix_loss(
+                student,
+                teacher,
+                image_u,
+                make_mask=partial(make_mask, recipe, data.num_classes, generator),
+                augment=partial(augment, seed("augment")),
+                threshold=recipe.confidence_threshold,
+                weighting=recipe.weighting,
+                scope=recipe.weight_scope,
+                ramp=sigmoid_ramp(iteration, recipe.ramp_iterations),
+                kind=recipe.unlabeled_loss,
+            )
             (loss_u / args.accumulate).backward()
-            session.log(loss_u=loss_u, **{"lambda": seen.pop("lambda")})
-            samples.update(unlabeled=image_u, **seen)
+            session.log({"loss_u": loss_u, "lambda": details.pop("lambda")})
+            pictures = {"labeled": image_l, "truth": label_l, "unlabeled": image_u, **details}
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        # The code's warm-up of the decay (its line 120): the first step copies the student.
-        decay = min(1 - 1 / (iteration + 1), recipe.ema_decay)
+        decay = min(1 - 1 / (iteration + 1), recipe.ema_decay)  # the first step copies the student
         update_teacher(teacher, student, decay=decay, buffers="copy")
-        session.evaluate_if_due(samples)
+        session.end_step(iteration, pictures)
 
 
 def main() -> None:

@@ -1,293 +1,343 @@
-"""What surrounds a training loop: folder, log, checkpoints, signals, and the other commands.
-
-A method file calls main(), which hands its train() a recipe and the flags; train() makes a Run
-around its networks and goes through steps().
-"""
+"""What surrounds a training loop: run folder, log, checkpoints, evaluation, signals, ranks."""
 
 import json
+import os
 import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, is_first_to
-from common.augment import without_label
-from common.datasets import Batches, Data, endless
-from common.deeplab import Loaded
-from common.evaluation import (
-    autocast,
-    evaluate_checkpoint,
-    iou_table,
-    predict_pictures,
-    save_samples,
-    score,
-)
-from common.flags import numbered, parse_args
-from common.processes import (
-    SIGNALS,
-    agree,
-    ending,
-    is_first_here,
-    join,
-    launcher,
-    leave,
-    meet,
-    stop,
-)
-from common.record import best_scores, commit, peak_memory, summary_writer, write_atomically
+from common import InputError, evaluation
+from common.datasets import Data, MicroBatches, endless
+from common.flags import parse_args
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NUMBER = torch.zeros((), dtype=torch.int64)  # in a global: torch 2.5 may hang where it is freed
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
-    """Run one command of a method file: train, or --evaluate or --predict with a checkpoint.
+    """Runs one command of a method file: train, or evaluate or predict with a checkpoint.
 
-    network(recipe, num_classes, pretrained) builds what train(recipe, args) trains. preset: see
-    parse_args. A user's mistake ends in one line on stderr and status 2.
+    network(recipe, num_classes, pretrained=) builds what train(recipe, args) trains. A user's
+    mistake or a signal ends the program with one line on stderr.
     """
-    with ending(method):
-        meet()
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
         recipe, args = parse_args(method, doc, recipes, preset)
-        if args.evaluate is None and args.predict is None:
-            if args.processes > 1:
-                join(args)
+        if args.predict is not None:
+            evaluation.predict_pictures(recipe, args, network)
+        elif args.evaluate is not None:
+            evaluation.evaluate_checkpoint(recipe, args, network)
+        else:
+            _join_ranks(args)
             train(recipe, args)
-            leave()
-        elif args.rank == 0:  # one process is enough
-            (predict_pictures if args.predict else evaluate_checkpoint)(recipe, args, network)
+            _leave_ranks()
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0])
+        _fail(f"{method}.py: stopped by {number.name}", 128 + number)
+    except (InputError, OSError) as error:
+        # A loader process puts its traceback before the message.
+        message = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
+        _fail(f"{method}.py: {message}", 2)
 
 
-def check_recipe(recipe, args, *, smallest_share: int = 2, accumulate: int | None = None) -> None:
-    """InputError where batch size or length leave nothing to mix.
+def _interrupt(number: int, _) -> None:
+    raise KeyboardInterrupt(number)
 
-    A batch is split over processes and accumulate (--accumulate unless given); a share is mixed
-    within itself, unless smallest_share is 1. Nor do images of different scales make a batch.
+
+def _fail(line: str, status: int) -> None:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+# ---- Ranks: the processes that torchrun starts, one for each GPU ----
+
+
+def _join_ranks(args) -> None:
+    if args.ranks > 1:
+        # all_max goes through gloo, so that no rank waits for its GPU. The timeout covers the time
+        # in which the other ranks wait for rank 0 to evaluate or to decode images.
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
+    if args.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # only rank 0 prints progress
+
+
+def _leave_ranks() -> None:
+    if dist.is_initialized():
+        all_max(0)  # torchrun ends all ranks when one has failed: wait until rank 0 has saved
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        dist.destroy_process_group()
+
+
+def all_max(number: int) -> int:
+    """Returns the largest of the ranks' numbers. Every rank waits for the others."""
+    if not dist.is_initialized():
+        return number
+    dist.all_reduce(_NUMBER.fill_(number), dist.ReduceOp.MAX)
+    return int(_NUMBER)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenates the tensors of all ranks, in every rank: (B,...) -> (ranks*B,...)."""
+    if not dist.is_initialized():
+        return tensor
+    whole = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(whole, tensor)
+    return whole
+
+
+# ---- Parts of a training loop ----
+
+
+def check_batch_size(batch_size: int, args, *, accumulate: int, least: int) -> None:
+    """Raises InputError unless a batch splits into equal micro-batches of `least` images or more.
+
+    There are `accumulate` micro-batches on each rank.
     """
-    for name, off in (("scale_range", (1.0, 1.0)), ("scales", (1.0,))):
-        if getattr(recipe, name, off) != off and recipe.crop is None:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag}: needs --crop, as scaled images differ in size")
-    shares = args.processes * (accumulate or args.accumulate)
-    if recipe.batch_size % shares:
-        why = f"cannot be split into {shares} shares" + " (--group-size)" * (accumulate is not None)
-        raise InputError(f"--batch-size {recipe.batch_size}: {why}")
-    if args.supervised:
-        return
-    if recipe.batch_size < smallest_share * shares:
-        raise InputError("--batch-size: a share of one image has no other to be mixed with")
-    if getattr(recipe, "warmup", 0) >= recipe.iterations:
-        raise InputError(f"--warmup {recipe.warmup}: no iteration is left for unlabeled images")
+    count = args.ranks * accumulate
+    if batch_size % count:
+        raise InputError(f"--batch-size {batch_size}: cannot be split into {count} micro-batches")
+    if batch_size < least * count and not args.supervised:
+        reason = f"mixing needs at least {least} unlabeled images in each micro-batch"
+        raise InputError(f"--batch-size {batch_size}: {reason}")
 
 
-class Run:
-    """Folder, log, checkpoints and clock of one training run; the loop stays the caller's.
+def step_seed(seed: int, iteration: int, micro_batch: int, purpose: str) -> int:
+    """Returns a seed for one purpose in one micro-batch of one iteration."""
+    words = (seed, iteration, zlib.crc32(purpose.encode()), micro_batch)
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
-    split holds the indices of the labeled and of the unlabeled images; state what a checkpoint
-    keeps: student, teacher, optimizer and schedule. With args.checkpoint they go on from there.
-    headline names the network that the paper reports, "student" or "teacher"; accumulate is the
-    number of shares that a process makes of its batch, --accumulate unless given; weights says
-    where the student's come from.
+
+def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
+    """Returns a network that is ready for the device.
+
+    Its forward pass runs under autocast, in channels_last memory on CUDA, and compiled with
+    --compile. With train=True and several ranks it becomes a DistributedDataParallel, which
+    averages gradients over the ranks.
+    """
+    torch.backends.cudnn.benchmark = True
+    if args.device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    network.forward = evaluation.autocast(args)(network.forward)
+    if args.compile:
+        network.compile()
+    return DistributedDataParallel(network) if train and args.ranks > 1 else network
+
+
+class Session:
+    """Folder, log, checkpoints and evaluation of one training run.
+
+    split holds the indices of the labeled and of the unlabeled images. state holds what a
+    checkpoint keeps, by name: "student", "teacher", "optimizer" and whatever else has a
+    state_dict. headline is the network that the paper reports, "student" or "teacher".
+    micro_batches are the numbers of this rank's micro-batches among those of all ranks; there are
+    `accumulate` of them, or --accumulate.
     """
 
     def __init__(
-        self, recipe, args, data: Data, split, state: dict, *, weights, headline, accumulate=None
+        self, recipe, args, data: Data, split, state: dict, *, headline: str, accumulate=None
     ):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
-        self.headline, self.share, self.first = headline, 0, args.rank == 0
-        self.accumulate = accumulate or args.accumulate
+        self.headline, self.folder, self.first = headline, Path(args.output_dir), args.rank == 0
         self.networks = {name: state[name] for name in ("student", "teacher")}
-        self.names = [data.train.names[index] for index in split[0]]
-        self.scored = data.scored(args.evaluate_split)
-        self.start, self.seconds, self.miou = 0, 0.0, None
-        self.means: dict[str, tuple[Tensor, int]] = {}  # sum and count
-        if args.checkpoint is not None:
-            self._restore(args.checkpoint)
-        self.iteration, self.began, self.signal = self.start, self.seconds, 0
-        if agree(self.start) != -agree(-self.start):
-            raise InputError("--resume: not the same checkpoint in all processes; share the folder")
-        board = summary_writer() if args.tensorboard else None
-        self.folder = self._make_folder()
-        self.board = board(self.folder) if board and self.first else None
+        accumulate = accumulate or args.accumulate
+        self.micro_batches = range(args.rank * accumulate, (args.rank + 1) * accumulate)
+        self.part, self.images = data.scored(args.evaluate_split)
         self.log_every = max(10, min(100, recipe.iterations // 50))
         self.eval_every = args.eval_every or max(1, recipe.iterations // 8)
         self.save_every = args.save_every or max(1, recipe.iterations // 40)
-        self.student = self._ready_networks()
-        self._announce(weights)
+        self.start, self.seconds, self.miou, self.signal = 0, 0.0, None, 0
+        self.sums: dict[str, tuple[Tensor, int]] = {}  # what was logged since the last log line
+        self.board = _tensorboard(self.folder) if args.tensorboard and self.first else None
 
-    def _ready_networks(self) -> torch.nn.Module:
-        """Both as the device likes them; the student, whose gradients the processes share."""
-        args = self.args
-        torch.backends.cudnn.benchmark = True
-        for network in self.networks.values():
-            if args.device.type == "cuda":
-                network.to(memory_format=torch.channels_last)
-            # Around the networks only: masks, colour and losses stay float32.
-            network.forward = autocast(args)(network.forward)
-            if args.compile:
-                network.compile()
-        student = self.state["student"]
-        # The first process's batch-norm statistics are everyone's.
-        return DistributedDataParallel(student) if args.processes > 1 else student
+    def restore(self) -> int:
+        """Loads the checkpoint, if there is one, and returns the first iteration.
 
-    def batches(
-        self, batch_size: int, *transforms: Callable, warmup=0, streams=1, replacement=False
-    ) -> list[Iterator]:
-        """Endless labeled batches; unlabeled ones, of streams orders, after warmup (steps).
-
-        The labels of the latter, which the last of transforms makes, are 255 in padding, else 0.
+        Also opens the run folder and decodes images into the cache. From here on, a signal ends
+        the run after the current step.
         """
-        args, batches = self.args, []
-        if is_first_here():
-            self.data.train.prepare()
-        agree()
-        self.data.train.prepare(build=False)
-        for stream in range(1 + streams):
-            indices = self.split[min(stream, 1)]
-            change = without_label(transforms[-1]) if stream else transforms[0]
-            what = (self.data.train, indices, batch_size, change, args.seed, stream)
-            drawn = Batches(*what, replacement, part=args.rank, parts=args.processes)
-            start = max(self.start, warmup if stream else 0)
-            batches.append(endless(drawn, start, args.workers, args.device))
-        return batches
-
-    def shares(self, *batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
-        """The next batches' tensors, share by share."""
-        tensors = [tensor for batch in batches for tensor in next(batch)]
-        chunks = [tensor.chunk(self.accumulate) for tensor in tensors]
-        for self.share, share in enumerate(zip(*chunks, strict=True)):
-            yield share
-
-    def forward(self, *, last: bool) -> AbstractContextManager:
-        """Around a forward pass of the student; gradients are exchanged after the last one only."""
-        last = last and self.share == self.accumulate - 1
-        return nullcontext() if last or self.args.processes == 1 else self.student.no_sync()
-
-    def step_seed(self, purpose: str) -> int:
-        """Of this share's randomness; depends only on seed, step, purpose and share."""
-        share = self.args.rank * self.accumulate + self.share
-        words = (self.args.seed, self.iteration, zlib.crc32(purpose.encode()), share)
-        return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """Seeded so, on the device."""
-        return torch.Generator(self.args.device).manual_seed(self.step_seed(purpose))
-
-    def steps(self) -> Iterator[int]:
-        """The iterations left. Between them: progress line, checkpoint, leaving on a signal."""
-        last = self.recipe.iterations
-        if self.start >= last:
-            print(f"finished already: {self.folder / 'result.json'}")
-            return
+        checkpoint, train = self.args.checkpoint, self.data.train
+        if checkpoint is not None:
+            if checkpoint["class_names"] != list(self.data.class_names):
+                raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
+            for name, part in self.state.items():
+                part.load_state_dict(checkpoint["state"][name])
+            self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+            self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
+        if self.first:
+            self._open_folder()
+            self._announce()
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            train.prepare()
+        if all_max(self.start) != self.start:
+            raise InputError("--resume: ranks found different checkpoints; share the folder")
+        train.prepare()  # finds what this machine's first rank has decoded
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        self.clock = time.perf_counter()
-        for done in range(self.start + 1, last + 1):
-            self.iteration = done - 1
-            yield self.iteration
-            if done % self.log_every == 0:
-                self._progress(done)
-            number = agree(self.signal)  # it may have reached one process only, or them apart
-            if done % self.save_every == 0 or done == last or number:
-                self._save(done)
-            if number and done < last:
-                self._leave(done, number)
+        self.resumed_seconds, self.clock = self.seconds, time.perf_counter()
+        return self.start
 
-    def log(self, **values: Tensor) -> None:
-        """Add scalars of this step to the means of the next progress line; waits for nothing."""
-        for name, value in values.items():
-            total, count = self.means.get(name, (0, 0))
-            self.means[name] = (total + value.detach().float(), count + 1)
+    def batches(self, indices: list[int], transform: Callable, *, stream: int, start: int):
+        """Returns an endless iterator of this rank's micro-batches, from batch `start` on.
 
-    def evaluate_if_due(self, samples: dict[str, Tensor]) -> None:
-        """Now and then, and after the last step: score both networks, write samples as a PNG.
-
-        samples are batches as save_samples takes them, and the student's "logits" (B,K,H,W).
+        Each is a pair of images, RGB float (B,3,H,W) in [0,1], and labels, int64 (B,H,W). Another
+        stream has another order of the images.
         """
-        done, last = self.iteration + 1, self.recipe.iterations
-        if done % self.eval_every and done != last:
-            return
-        self._progress(done)
-        if done < last:  # evaluating may take longer than torchrun waits for a signalled process
-            self._save(done)
-        if not self.first:
-            return
-        scores = score(self.networks, self.data, self.args)
-        self.miou = scores[self.headline]["miou"]
-        self._append({"iteration": done, **scores})
-        text = ", ".join(f"{name} {100 * score['miou']:.2f}%" for name, score in scores.items())
-        part, images = self.scored
-        print(f"[{done}/{last}] mIoU on {len(images)} {part} images: {text}", flush=True)
-        samples["prediction"] = samples.pop("logits").argmax(1)
-        save_samples(self.folder / "samples" / f"{done:06d}.png", samples, self.data.palette)
-        if done == last:
-            self._finish(scores)
-        self.clock = time.perf_counter()
+        args, size = self.args, self.recipe.batch_size
+        count = args.ranks * len(self.micro_batches)
+        split = {"batch_size": size, "micro_batches": self.micro_batches, "count": count}
+        drawn = MicroBatches(
+            self.data.train, indices, transform, **split, seed=args.seed, stream=stream
+        )
+        return endless(drawn, start=start, workers=args.workers, device=args.device)
 
-    def _announce(self, weights: Loaded | str) -> None:
+    def log(self, values: dict[str, Tensor]) -> None:
+        """Adds scalars to the means of the next log line, without waiting for the device."""
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = (total + value.detach().float(), count + 1)
+
+    def end_step(self, iteration: int, pictures: dict[str, Tensor]) -> None:
+        """Logs, saves and evaluates when it is time to, and leaves after a signal.
+
+        pictures are batches as save_samples takes them. "prediction" holds logits, (B,K,H,W).
+        """
+        done, last = iteration + 1, self.recipe.iterations
+        number = all_max(self.signal)  # a signal may have reached one rank only
+        evaluating = done % self.eval_every == 0 or done == last
+        if done % self.log_every == 0 or evaluating:
+            self._write_log_line(done)
+        if evaluating and done < last:
+            self._save(done)  # a signalled process may be killed before an evaluation ends
+        if evaluating and self.first:
+            self._evaluate(done, pictures)
+        if evaluating or number or done % self.save_every == 0:
+            self._save(done)
+        if number and done < last:
+            self._leave(done, number)
+
+    def _on_signal(self, number: int, _) -> None:
+        if self.signal and self.args.ranks == 1:  # torchrun repeats signals; a person insists
+            _interrupt(number, None)
+        self.signal = number
+
+    def _open_folder(self) -> None:
+        log, checkpoint = self.folder / "log.jsonl", self.args.checkpoint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        # A killed run may have logged more than its last checkpoint knows; that comes again.
+        os.truncate(log, 0 if checkpoint is None else checkpoint["logged"])
+        if checkpoint is None:
+            (self.folder / "config.json").write_text(json.dumps(self._config(), indent=1))
+            names = "".join(f"{name}\n" for name in self._labeled_names())
+            (self.folder / "split.txt").write_text(names, "utf-8", "surrogateescape")
+
+    def _labeled_names(self) -> list[str]:
+        return [self.data.train.names[index] for index in self.split[0]]
+
+    def _announce(self) -> None:
         args, data, (labeled, unlabeled) = self.args, self.data, self.split
-        part, images = self.scored
-        print(f"{args.method} on {args.dataset}{', supervised only' * args.supervised}")
+        print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
         print(
             f"data: {len(labeled)} labeled and {len(unlabeled)} unlabeled of {len(data.train)} "
-            f"training images, {len(images)} {part} images, {data.num_classes} classes"
+            f"training images, {len(self.images)} {self.part} images, {data.num_classes} classes"
         )
-        print(f"weights: {weights}")
         print(f"evaluation: last iterate, whole images at {self.recipe.size or 'their own size'}")
         print(f"{args.device}, {args.precision}, torch {torch.__version__}, compile {args.compile}")
-        resumed = f"resumed at iteration {self.start}; " * (self.start > 0)
-        print(f"{resumed}output in {self.folder}", flush=True)
+        if self.start > 0:
+            print(f"resumed at iteration {self.start}")
+        if self.start >= self.recipe.iterations:
+            print(f"finished already: {self.folder / 'result.json'}")
+        print(f"output in {self.folder}", flush=True)
 
-    def _progress(self, done: int) -> None:
-        if not self.means:  # printed already
-            return
+    def _means(self, done: int) -> dict[str, float]:
+        """Means of what was logged, over all ranks. Stops the run if they are not finite."""
         self._tick()
-        self._average_means()
-        self._check_finite(done)
-        means = {name: (total / count).item() for name, (total, count) in self.means.items()}
-        self.means = {}
+        for total, _ in self.sums.values() if self.args.ranks > 1 else ():
+            dist.all_reduce(total.div_(self.args.ranks))
+        means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
+        weights = torch.stack([p.detach().sum() for p in self.networks["student"].parameters()])
+        values = {**means, "a weight of the student": weights.sum().item()}
+        for name, value in values.items():
+            if not np.isfinite(value):
+                last = self.folder / "last.pt"
+                kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint"
+                raise InputError(f"{name} is not finite at iteration {done} ({kept}); lower --lr?")
+        return means
+
+    def _write_log_line(self, done: int) -> None:
+        means = self._means(done)
+        self.sums = {}
         if not self.first:
             return
-        rate = (done - self.start) / max(self.seconds - self.began, 1e-9)
         lr = self.state["optimizer"].param_groups[0]["lr"]
         self._append({"iteration": done, **means, "lr": lr, "seconds": round(self.seconds, 2)})
-        left = timedelta(seconds=round((self.recipe.iterations - done) / rate))
+        last = self.recipe.iterations
+        rate = (done - self.start) / max(self.seconds - self.resumed_seconds, 1e-9)
+        left = timedelta(seconds=round((last - done) / rate))
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         miou = "" if self.miou is None else f"  mIoU {100 * self.miou:.2f}%"
-        progress = f"[{done}/{self.recipe.iterations}] {values}{miou}  {rate:.2f} steps/s"
-        print(f"{progress}  {left} left  {peak_memory(self.args.device):.2f} GiB", flush=True)
+        memory = f"{peak_memory(self.args.device):.2f} GiB"
+        line = f"[{done}/{last}] {values}{miou}  {rate:.2f} steps/s  {left} left  {memory}"
+        print(line, flush=True)
 
-    def _average_means(self) -> None:
-        """Over the processes, in all of them: a checkpoint keeps the first one's."""
-        for total, _ in self.means.values() if self.args.processes > 1 else ():
-            dist.all_reduce(total.div_(self.args.processes))
+    def _evaluate(self, done: int, pictures: dict[str, Tensor]) -> None:
+        last = self.recipe.iterations
+        scores = evaluation.score(self.networks, self.data, self.args)
+        self.miou = scores[self.headline]["miou"]
+        self._append({"iteration": done, **scores})
+        text = ", ".join(f"{name} {100 * score['miou']:.2f}%" for name, score in scores.items())
+        print(f"[{done}/{last}] mIoU on {len(self.images)} {self.part} images: {text}", flush=True)
+        pictures = {**pictures, "prediction": pictures["prediction"].argmax(1)}
+        path = self.folder / "samples" / f"{done:06d}.png"
+        evaluation.save_samples(path, pictures, self.data.palette)
+        if done == last:
+            self._write_result(scores)
+            print(evaluation.iou_table(scores, self.data.class_names))
+            print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU; see {self.folder}")
+        self.clock = time.perf_counter()  # the seconds of a run are those of its training
 
-    def _check_finite(self, done: int) -> None:
-        values = {name: total for name, (total, _) in self.means.items()}
-        values.update(self.state["student"].named_parameters())
-        finite = torch.stack([value.detach().isfinite().all() for value in values.values()])
-        if wrong := [name for name, good in zip(values, finite.tolist(), strict=True) if not good]:
-            kept = self.folder / "last.pt"
-            good = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
-            stopped = f"is not finite at iteration {done}: stopped ({good})"
-            raise InputError(f"{wrong[0]} {stopped}; lower --lr?")
+    def _write_result(self, scores: dict[str, dict]) -> None:
+        entries = [json.loads(line) for line in (self.folder / "log.jsonl").open()]
+        best = {}  # picked on the images that are scored: for comparison only
+        for name in scores:
+            tried = [(e[name]["miou"], e["iteration"]) for e in entries if name in e]
+            best[name] = dict(zip(("miou", "iteration"), max(tried), strict=True))
+        kept = ("method", "dataset", "supervised", "seed")
+        result = {
+            **{name: getattr(self.args, name) for name in kept},
+            "labeled": len(self.split[0]),
+            "iterations": self.recipe.iterations,
+            "headline": self.headline,
+            "evaluated": self.part,
+            "class_names": list(self.data.class_names),
+            **scores,
+            "best": best,
+            "seconds": round(self.seconds, 1),
+            "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
+            "peak_memory_gib": round(peak_memory(self.args.device), 2),
+        }
+        _replace(self.folder / "result.json", lambda p: p.write_text(json.dumps(result, indent=1)))
 
     def _save(self, done: int) -> None:
-        self._tick()
-        self._average_means()
-        self._check_finite(done)
+        self._means(done)
         if not self.first:
             return
         checkpoint = {
@@ -296,79 +346,27 @@ class Run:
             "headline": self.headline,
             "miou": self.miou,
             "seconds": self.seconds,
-            "means": self.means,
+            "means": self.sums,
             "logged": (self.folder / "log.jsonl").stat().st_size,
-            "labeled_names": self.names,
+            "labeled_names": self._labeled_names(),
             "training_images": len(self.data.train),
             "class_names": list(self.data.class_names),
             "palette": [list(color) for color in self.data.palette],
-            "state": {name: thing.state_dict() for name, thing in self.state.items()},
+            "state": {name: part.state_dict() for name, part in self.state.items()},
         }
-        write_atomically(self.folder / "last.pt", partial(torch.save, checkpoint))
+        _replace(self.folder / "last.pt", lambda path: torch.save(checkpoint, path))
 
     def _config(self) -> dict:
-        left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
-        left_out += ("out", "method", "output_dir", "output_dir_given", "source", "rank")
+        machine = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
+        left_out = (*machine, "out", "method", "output_dir", "rank", "ranks")
         return {
             "method": self.args.method,
             "recipe": asdict(self.recipe),
             "args": {k: v for k, v in vars(self.args).items() if k not in left_out},
             "device": str(self.args.device),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "commit": commit(),
+            "commit": _commit(),
         }
-
-    def _restore(self, checkpoint: dict) -> None:
-        if checkpoint["class_names"] != list(self.data.class_names):
-            raise InputError(f"--resume: trained on other classes: {checkpoint['class_names']}")
-        for name, thing in self.state.items():
-            thing.load_state_dict(checkpoint["state"][name])
-        self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
-        self.miou, self.means = checkpoint["miou"], checkpoint["means"]
-
-    def _make_folder(self) -> Path:
-        """The folder given, or the first of FOLDER, FOLDER-2, ... that is free."""
-        folder, fresh = Path(self.args.output_dir), self.args.checkpoint is None
-        if not self.first:
-            return folder
-        if fresh and not self.args.output_dir_given:
-            folder = next(path for path in numbered(self.args.output_dir) if not path.exists())
-        last = folder / "last.pt"
-        try:
-            if last.exists() and not (self.args.source and last.samefile(self.args.source)):
-                raise InputError(f"--output-dir {folder}: holds a run; add --resume auto to go on")
-            folder.mkdir(parents=True, exist_ok=True)
-            log = folder / "log.jsonl"
-            # What a killed run logged after its last checkpoint is logged again.
-            log.touch()
-            log.write_bytes(log.read_bytes()[: 0 if fresh else self.args.checkpoint["logged"]])
-            if fresh or not (folder / "split.txt").exists():
-                (folder / "config.json").write_text(json.dumps(self._config(), indent=1))
-                names = "".join(f"{name}\n" for name in self.names)
-                (folder / "split.txt").write_text(names, "utf-8", "surrogateescape")
-        except OSError as error:
-            raise InputError(f"--output-dir {folder}: cannot write there ({error})") from error
-        return folder
-
-    def _finish(self, scores: dict[str, dict]) -> None:
-        args = vars(self.args)
-        result = {
-            **{name: args[name] for name in ("method", "dataset", "supervised", "seed")},
-            "labeled": len(self.names),
-            "iterations": self.recipe.iterations,
-            "headline": self.headline,
-            "evaluated": self.scored[0],
-            "class_names": list(self.data.class_names),
-            **scores,
-            "best": best_scores(self.folder / "log.jsonl", scores),
-            "seconds": round(self.seconds, 1),
-            "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
-            "peak_memory_gib": round(peak_memory(self.args.device), 2),
-        }
-        write = partial(Path.write_text, data=json.dumps(result, indent=1))
-        write_atomically(self.folder / "result.json", write)
-        print(iou_table(scores, self.data.class_names))
-        print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU; results in {self.folder}")
 
     def _append(self, entry: dict) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
@@ -378,23 +376,65 @@ class Run:
             self.board.add_scalar(name, value, entry["iteration"])
 
     def _tick(self) -> None:
-        """Count the time since the last tick; evaluation sets the clock anew."""
+        """Adds the time since the last tick to the seconds of training."""
         if self.args.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def _leave(self, done: int, number: int) -> None:
-        if self.first and is_first_to("end"):
-            script = f"{self.args.method}.py"
+        if self.first:
+            launcher = "python"
+            if self.args.ranks > 1:
+                launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+            script, last = f"{self.args.method}.py", shlex.quote(str(self.folder / "last.pt"))
             stopped = f"{script}: stopped by {signal.Signals(number).name} after iteration {done}"
-            command = f"{launcher()} {script} --resume {shlex.quote(str(self.folder / 'last.pt'))}"
-            print(f"{stopped}; go on with {command}", file=sys.stderr, flush=True)
-        agree()  # wait for the checkpoint: when one process has left torchrun kills the others
-        leave()
+            print(f"{stopped}; go on with {launcher} {script} --resume {last}", file=sys.stderr)
+        _leave_ranks()
         sys.exit(128 + number)
 
-    def _on_signal(self, number: int, frame) -> None:
-        if self.signal and self.args.processes == 1:  # asked twice: at once; torchrun repeats it
-            stop(number, frame)
-        self.signal = number
+
+# ---- Files ----
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls write(a temporary path) and renames that file to path: it is whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb") as file:  # otherwise a power failure could leave an empty file
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard: pip install tensorboard first") from error
+    return SummaryWriter(folder)
+
+
+def _commit() -> str | None:
+    """This repository's commit, or None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that CUDA's allocator or this process held at most; NaN where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

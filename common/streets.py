@@ -8,10 +8,14 @@ up by part number and position afterwards: labels are crisp, any size shows the 
 import functools
 import math
 import random
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from torch import Tensor
+from torch.utils.data import Dataset
 
 CLASS_COLOURS = {
     "road": (128, 64, 128),
@@ -397,3 +401,33 @@ def draw(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.n
     noise = np.float32(rng.uniform(1, 5) + 3 * scene.lit)
     image += noise * pixels.standard_normal(image.shape, np.float32)
     return image.clip(0, 255).astype(np.uint8), name
+
+
+COUNTS = {"train": 800, "val": 200}
+
+
+class Scenes(Dataset):
+    """One part of the data set, rendered at once and kept in memory: scenes[i] -> image, label.
+
+    The image is RGB uint8 (3,H,W), the label uint8 (H,W). The interface is that of Images in
+    common/datasets.py.
+    """
+
+    def __init__(self, part: str, size: tuple[int, int]):
+        count, seed = COUNTS[part], list(COUNTS).index(part)
+        self.names = [f"{part}_{index:05d}" for index in range(count)]
+        self.files = [(Path(name), None) for name in self.names]
+        self.has_label, self.same_size = [True] * count, True
+        scenes = [draw(seed, index, size) for index in range(count)]
+        images, labels = (np.stack(arrays) for arrays in zip(*scenes, strict=True))
+        self.images = torch.from_numpy(images).movedim(3, 1).contiguous()
+        self.labels = torch.from_numpy(labels)
+
+    def prepare(self) -> None:
+        """Nothing to decode."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
