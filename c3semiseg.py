@@ -53,7 +53,7 @@ from typing import Literal
 import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import v2
 
-from common import InputError, run
+from common import InputError, ranks, run
 from common.augment import scale_crop_flip, seeded
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
@@ -512,7 +512,7 @@ def label_groups(teacher: nn.Module, regions: ConfidentRegions, images: list[Ten
     prob, confidence, label, embedding = zip(
         *[label_images(teacher, image) for image in images], strict=True
     )
-    regions.update(run.gather(torch.cat(confidence)), run.gather(torch.cat(label)))
+    regions.update(ranks.gather(torch.cat(confidence)), ranks.gather(torch.cat(label)))
     confident = regions.confident(torch.cat(confidence), torch.cat(label))
     label = torch.cat(label).masked_fill(~confident, 255).chunk(len(images))
     return list(zip(prob, label, embedding, strict=True))

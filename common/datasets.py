@@ -59,23 +59,23 @@ class Images(Dataset):
         self.cache: Path | None = None
 
     def prepare(self) -> None:
-        """Decodes large images into the cache, unless it is there; a full disk gives a warning."""
+        """Decodes large images into the cache, unless it is there. A full disk gives a warning."""
         if self.cache_dir is None:
             return
         sources = [path for pair in self.files for path in pair if path is not None]
         settings = (self.size, self.label_table.tolist())
         place = self.cache_dir / cache.key(self.cache_dir, sources, settings)
+        self.cache_dir = None  # tried once
         if not cache.is_sound(place):
             # More prefetching overflows the 64 MB of shared memory in a default container.
             workers = min(16, os.cpu_count() or 1, len(self))
-            items = loader(self, batch_size=None, workers=workers, prefetch_factor=1)
+            items = loader(self, workers, batch_size=None, prefetch_factor=1)
             try:
                 cache.build(place, len(self), items)
             except OSError as error:
-                if not cache.is_sound(place):
-                    warn(f"no cache, training will be slower: cannot write {place} ({error})")
-        self.cache = place if cache.is_sound(place) else None
-        self.cache_dir = None  # tried once
+                warn(f"no cache, training will be slower: cannot write {place} ({error})")
+                return
+        self.cache = place
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,10 +96,9 @@ class Images(Dataset):
         if label.size != image.size:
             raise InputError(f"{label_path}: {label.size} pixels, but its image has {image.size}")
         if self.size is not None:
-            size = self.size[::-1]
-            image = image.resize(size, Image.Resampling.BILINEAR)
-            if not self.full_labels:
-                label = label.resize(size, Image.Resampling.NEAREST)
+            image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        if self.size is not None and not self.full_labels:
+            label = label.resize(self.size[::-1], Image.Resampling.NEAREST)
         return np.array(image).transpose(2, 0, 1).copy(), np.array(label)
 
 
@@ -226,13 +225,6 @@ def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tu
     is part of a larger one, and all machines agree. The unlabeled images are the rest, or all
     images with unlabeled="all" and where every image is labeled.
     """
-    count = _count(num_images, labeled)
-    order = np.random.RandomState(seed).permutation(num_images).tolist()
-    everything = unlabeled == "all" or count == num_images
-    return sorted(order[:count]), sorted(order if everything else order[count:])
-
-
-def _count(num_images: int, labeled: str | float | int) -> int:
     text = str(labeled)
     try:
         share = Fraction(text) if "." in text or "/" in text else Fraction(int(text), num_images)
@@ -244,7 +236,9 @@ def _count(num_images: int, labeled: str | float | int) -> int:
         count = 100  # all papers count this share of Cityscapes as 100
     if not 1 <= count <= num_images:
         raise InputError(f"--labeled {text}: {count}; it must be 1 to {num_images} here")
-    return count
+    order = np.random.RandomState(seed).permutation(num_images).tolist()
+    rest = order if unlabeled == "all" or count == num_images else order[count:]
+    return sorted(order[:count]), sorted(rest)
 
 
 def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> tuple[list, list]:
@@ -339,19 +333,18 @@ class MicroBatches(Dataset):
         return torch.stack(images), torch.stack(labels)
 
 
-def endless(drawn: MicroBatches, *, start: int, workers: int, device) -> Iterator:
+def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device) -> Iterator:
     """Yields micro-batches from batch `start` on: image, RGB float in [0,1], and label, int64."""
     cuda = device.type == "cuda"
     numbers = itertools.count(start * len(drawn.micro_batches))
-    options = {"batch_size": None, "sampler": numbers, "pin_memory": cuda}
-    for image, label in loader(drawn, workers=workers, **options):
+    for image, label in loader(drawn, workers, batch_size=None, sampler=numbers, pin_memory=cuda):
         image = image.to(device, non_blocking=True).float().div_(255)
         if cuda:
             image = image.contiguous(memory_format=torch.channels_last)
         yield image, label.to(device, non_blocking=True).long()
 
 
-def loader(dataset: Dataset, *, workers: int, **options) -> DataLoader:
+def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
     """A DataLoader whose processes ignore signals: the main process decides when to stop."""
     return DataLoader(dataset, num_workers=workers, worker_init_fn=_ignore_signals, **options)
 

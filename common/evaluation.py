@@ -3,8 +3,6 @@
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 from common import InputError
-from common.datasets import Data, Images, loader, open_dataset, read_image
+from common.datasets import Images, loader, open_dataset, read_image
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -39,26 +37,25 @@ def class_iou(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    networks: dict, images: Images, num_classes: int, *, device, workers: int, autocast=nullcontext
-) -> dict[str, dict]:
+def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) -> dict[str, dict]:
     """Returns {"miou": ..., "iou": [...]} of each network in eval mode; the IoU of NaN is None.
 
     Images are predicted whole, at their resolution, and compared at that of the labels. The
-    networks are then put back into the mode that they were in.
+    networks are then put back into the mode that they were in. args: device, workers, precision.
     """
     images.prepare()
-    batches = loader(images, workers=workers, batch_size=8 if images.same_size else 1)
+    batches = loader(images, args.workers, batch_size=8 if images.same_size else 1)
     modes = {name: network.training for name, network in networks.items()}
     matrices = {name: torch.zeros(num_classes, num_classes).long() for name in networks}
-    for image, label in batches:
-        image = image.to(device).float().div_(255)
-        label = label.to(device).long()
-        for name, network in networks.items():
-            network.eval()
-            with autocast():
+    # With benchmark=True, cuDNN would time its algorithms again for each image size.
+    with autocast(args), torch.backends.cudnn.flags(enabled=True, benchmark=images.same_size):
+        for image, label in batches:
+            image = image.to(args.device).float().div_(255)
+            label = label.to(args.device).long()
+            for name, network in networks.items():
+                network.eval()
                 logits = network.classify(network.features(image), label.shape[-2:])
-            matrices[name] += confusion_matrix(logits.argmax(1), label, num_classes).cpu()
+                matrices[name] += confusion_matrix(logits.argmax(1), label, num_classes).cpu()
     if not any(matrix.any() for matrix in matrices.values()):
         raise InputError("--data-dir: the images to evaluate have no labeled pixel")
     scores = {}
@@ -153,15 +150,6 @@ def autocast(args: Namespace) -> torch.autocast:
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def score(networks: dict[str, nn.Module], data: Data, args: Namespace) -> dict[str, dict]:
-    """Evaluates networks on --evaluate-split with the settings of the command line."""
-    _, images = data.scored(args.evaluate_split)
-    options = {"device": args.device, "workers": args.workers, "autocast": partial(autocast, args)}
-    # With benchmark=True, cuDNN would time its algorithms again for each image size.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=images.same_size):
-        return evaluate(networks, images, data.num_classes, **options)
-
-
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
     checkpoint = args.checkpoint
     pretrained = args.weights != "none"
@@ -185,9 +173,9 @@ def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
         )
     names = ("student", "teacher")
     networks = {name: _load_network(recipe, args, network, name) for name in names}
-    scores = score(networks, data, args)
-    size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
     part, images = data.scored(args.evaluate_split)
+    scores = evaluate(networks, images, data.num_classes, args)
+    size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
     print(f"{len(images)} {part} images, labels at {size}")
     print(iou_table(scores, data.class_names))
 

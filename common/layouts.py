@@ -41,8 +41,8 @@ CAMVID = {  # SegNet's version
     "pedestrian": (64, 64, 0),
     "bicyclist": (0, 128, 192),
 }
-VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
-motorbike person pottedplant sheep sofa train tvmonitor""".split()
+VOC = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable,
+dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor""".replace("\n", " ")
 
 
 def _cityscapes_files(root: Path):
@@ -103,7 +103,7 @@ def _voc_files(root: Path):
         "train": {name: (image_of[name], label_of[name]) for name in train - val},
         "val": {name: (image_of[name], label_of[name]) for name in val},
     }
-    return files, _table(range(21)), VOC, voc_palette(21)
+    return files, _table(range(21)), VOC.split(", "), voc_palette(21)
 
 
 def _listed(voc: Path, *names: str) -> set[str] | None:

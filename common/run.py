@@ -1,4 +1,4 @@
-"""What surrounds a training loop: run folder, log, checkpoints, evaluation, signals, ranks."""
+"""What surrounds a training loop: run folder, log, checkpoints, evaluation, signals."""
 
 import json
 import os
@@ -16,16 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, evaluation
+from common import InputError, evaluation, ranks
 from common.datasets import Data, MicroBatches, endless
 from common.flags import parse_args
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NUMBER = torch.zeros((), dtype=torch.int64)  # in a global: torch 2.5 may hang where it is freed
+from common.ranks import SIGNALS, all_max
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
@@ -43,66 +40,24 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         elif args.evaluate is not None:
             evaluation.evaluate_checkpoint(recipe, args, network)
         else:
-            _join_ranks(args)
+            ranks.join(args)
             train(recipe, args)
-            _leave_ranks()
+            ranks.leave()
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0])
-        _fail(f"{method}.py: stopped by {number.name}", 128 + number)
+        line, status = f"stopped by {number.name}", 128 + number
     except (InputError, OSError) as error:
         # A loader process puts its traceback before the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
-        _fail(f"{method}.py: {message}", 2)
+        line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
+        status = 2
+    else:
+        return
+    print(f"{method}.py: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def _interrupt(number: int, _) -> None:
     raise KeyboardInterrupt(number)
-
-
-def _fail(line: str, status: int) -> None:
-    print(line, file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-# ---- Ranks: the processes that torchrun starts, one for each GPU ----
-
-
-def _join_ranks(args) -> None:
-    if args.ranks > 1:
-        # all_max goes through gloo, so that no rank waits for its GPU. The timeout covers the time
-        # in which the other ranks wait for rank 0 to evaluate or to decode images.
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
-    if args.rank > 0:
-        sys.stdout = open(os.devnull, "w")  # only rank 0 prints progress
-
-
-def _leave_ranks() -> None:
-    if dist.is_initialized():
-        all_max(0)  # torchrun ends all ranks when one has failed: wait until rank 0 has saved
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        dist.destroy_process_group()
-
-
-def all_max(number: int) -> int:
-    """Returns the largest of the ranks' numbers. Every rank waits for the others."""
-    if not dist.is_initialized():
-        return number
-    dist.all_reduce(_NUMBER.fill_(number), dist.ReduceOp.MAX)
-    return int(_NUMBER)
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """Concatenates the tensors of all ranks, in every rank: (B,...) -> (ranks*B,...)."""
-    if not dist.is_initialized():
-        return tensor
-    whole = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(whole, tensor)
-    return whole
-
-
-# ---- Parts of a training loop ----
 
 
 def check_batch_size(batch_size: int, args, *, accumulate: int, least: int) -> None:
@@ -145,20 +100,18 @@ class Session:
 
     split holds the indices of the labeled and of the unlabeled images. state holds what a
     checkpoint keeps, by name: "student", "teacher", "optimizer" and whatever else has a
-    state_dict. headline is the network that the paper reports, "student" or "teacher".
-    micro_batches are the numbers of this rank's micro-batches among those of all ranks; there are
-    `accumulate` of them, or --accumulate.
+    state_dict. headline is the network that the paper reports, "student" or "teacher". A rank has
+    `accumulate` micro-batches, or --accumulate; micro_batches numbers them across all ranks.
     """
 
-    def __init__(
-        self, recipe, args, data: Data, split, state: dict, *, headline: str, accumulate=None
-    ):
+    def __init__(self, recipe, args, data: Data, split, state, *, headline: str, accumulate=None):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
-        self.headline, self.folder, self.first = headline, Path(args.output_dir), args.rank == 0
+        self.headline, self.folder, self.first = headline, args.output_dir, args.rank == 0
+        self.names = [data.train.names[index] for index in split[0]]
         self.networks = {name: state[name] for name in ("student", "teacher")}
+        self.part, self.images = data.scored(args.evaluate_split)
         accumulate = accumulate or args.accumulate
         self.micro_batches = range(args.rank * accumulate, (args.rank + 1) * accumulate)
-        self.part, self.images = data.scored(args.evaluate_split)
         self.log_every = max(10, min(100, recipe.iterations // 50))
         self.eval_every = args.eval_every or max(1, recipe.iterations // 8)
         self.save_every = args.save_every or max(1, recipe.iterations // 40)
@@ -172,7 +125,7 @@ class Session:
         Also opens the run folder and decodes images into the cache. From here on, a signal ends
         the run after the current step.
         """
-        checkpoint, train = self.args.checkpoint, self.data.train
+        checkpoint = self.args.checkpoint
         if checkpoint is not None:
             if checkpoint["class_names"] != list(self.data.class_names):
                 raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
@@ -184,10 +137,10 @@ class Session:
             self._open_folder()
             self._announce()
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            train.prepare()
+            self.data.train.prepare()
         if all_max(self.start) != self.start:
             raise InputError("--resume: ranks found different checkpoints; share the folder")
-        train.prepare()  # finds what this machine's first rank has decoded
+        self.data.train.prepare()  # the other ranks of this machine find the cache
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         self.resumed_seconds, self.clock = self.seconds, time.perf_counter()
@@ -201,11 +154,10 @@ class Session:
         """
         args, size = self.args, self.recipe.batch_size
         count = args.ranks * len(self.micro_batches)
-        split = {"batch_size": size, "micro_batches": self.micro_batches, "count": count}
         drawn = MicroBatches(
-            self.data.train, indices, transform, **split, seed=args.seed, stream=stream
+            self.data.train, indices, transform, size, self.micro_batches, count, args.seed, stream
         )
-        return endless(drawn, start=start, workers=args.workers, device=args.device)
+        return endless(drawn, start, args.workers, args.device)
 
     def log(self, values: dict[str, Tensor]) -> None:
         """Adds scalars to the means of the next log line, without waiting for the device."""
@@ -233,7 +185,7 @@ class Session:
             self._leave(done, number)
 
     def _on_signal(self, number: int, _) -> None:
-        if self.signal and self.args.ranks == 1:  # torchrun repeats signals; a person insists
+        if self.signal and self.args.ranks == 1:  # a second Ctrl-C; torchrun repeats its signals
             _interrupt(number, None)
         self.signal = number
 
@@ -241,15 +193,12 @@ class Session:
         log, checkpoint = self.folder / "log.jsonl", self.args.checkpoint
         self.folder.mkdir(parents=True, exist_ok=True)
         log.touch()
-        # A killed run may have logged more than its last checkpoint knows; that comes again.
+        # A killed run has logged more than its last checkpoint holds; those steps come again.
         os.truncate(log, 0 if checkpoint is None else checkpoint["logged"])
-        if checkpoint is None:
+        if checkpoint is None or not (self.folder / "config.json").exists():
             (self.folder / "config.json").write_text(json.dumps(self._config(), indent=1))
-            names = "".join(f"{name}\n" for name in self._labeled_names())
+            names = "".join(f"{name}\n" for name in self.names)
             (self.folder / "split.txt").write_text(names, "utf-8", "surrogateescape")
-
-    def _labeled_names(self) -> list[str]:
-        return [self.data.train.names[index] for index in self.split[0]]
 
     def _announce(self) -> None:
         args, data, (labeled, unlabeled) = self.args, self.data, self.split
@@ -261,21 +210,24 @@ class Session:
         )
         print(f"evaluation: last iterate, whole images at {self.recipe.size or 'their own size'}")
         print(f"{args.device}, {args.precision}, torch {torch.__version__}, compile {args.compile}")
-        if self.start > 0:
-            print(f"resumed at iteration {self.start}")
         if self.start >= self.recipe.iterations:
             print(f"finished already: {self.folder / 'result.json'}")
+        elif self.start > 0:
+            print(f"resumed at iteration {self.start}")
         print(f"output in {self.folder}", flush=True)
 
     def _means(self, done: int) -> dict[str, float]:
-        """Means of what was logged, over all ranks. Stops the run if they are not finite."""
-        self._tick()
-        for total, _ in self.sums.values() if self.args.ranks > 1 else ():
-            dist.all_reduce(total.div_(self.args.ranks))
+        """Means of what was logged, over all ranks. Stops a run whose numbers are not finite."""
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        for total, _ in self.sums.values():
+            ranks.all_mean(total)
         means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
-        weights = torch.stack([p.detach().sum() for p in self.networks["student"].parameters()])
-        values = {**means, "a weight of the student": weights.sum().item()}
-        for name, value in values.items():
+        weights = [weight.detach().sum() for weight in self.networks["student"].parameters()]
+        checked = {**means, "a weight of the student": torch.stack(weights).sum().item()}
+        for name, value in checked.items():
             if not np.isfinite(value):
                 last = self.folder / "last.pt"
                 kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint"
@@ -283,8 +235,7 @@ class Session:
         return means
 
     def _write_log_line(self, done: int) -> None:
-        means = self._means(done)
-        self.sums = {}
+        means, self.sums = self._means(done), {}
         if not self.first:
             return
         lr = self.state["optimizer"].param_groups[0]["lr"]
@@ -300,7 +251,7 @@ class Session:
 
     def _evaluate(self, done: int, pictures: dict[str, Tensor]) -> None:
         last = self.recipe.iterations
-        scores = evaluation.score(self.networks, self.data, self.args)
+        scores = evaluation.evaluate(self.networks, self.images, self.data.num_classes, self.args)
         self.miou = scores[self.headline]["miou"]
         self._append({"iteration": done, **scores})
         text = ", ".join(f"{name} {100 * score['miou']:.2f}%" for name, score in scores.items())
@@ -320,10 +271,10 @@ class Session:
         for name in scores:
             tried = [(e[name]["miou"], e["iteration"]) for e in entries if name in e]
             best[name] = dict(zip(("miou", "iteration"), max(tried), strict=True))
-        kept = ("method", "dataset", "supervised", "seed")
+        settings = ("method", "dataset", "supervised", "seed")
         result = {
-            **{name: getattr(self.args, name) for name in kept},
-            "labeled": len(self.split[0]),
+            **{name: getattr(self.args, name) for name in settings},
+            "labeled": len(self.names),
             "iterations": self.recipe.iterations,
             "headline": self.headline,
             "evaluated": self.part,
@@ -348,7 +299,7 @@ class Session:
             "seconds": self.seconds,
             "means": self.sums,
             "logged": (self.folder / "log.jsonl").stat().st_size,
-            "labeled_names": self._labeled_names(),
+            "labeled_names": self.names,
             "training_images": len(self.data.train),
             "class_names": list(self.data.class_names),
             "palette": [list(color) for color in self.data.palette],
@@ -357,15 +308,21 @@ class Session:
         _replace(self.folder / "last.pt", lambda path: torch.save(checkpoint, path))
 
     def _config(self) -> dict:
-        machine = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
-        left_out = (*machine, "out", "method", "output_dir", "rank", "ranks")
+        left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
+        left_out += ("out", "method", "output_dir", "rank", "ranks")
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        try:
+            git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+            commit = git.stdout.strip() or None
+        except OSError:  # git is not installed
+            commit = None
         return {
             "method": self.args.method,
             "recipe": asdict(self.recipe),
             "args": {k: v for k, v in vars(self.args).items() if k not in left_out},
             "device": str(self.args.device),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "commit": _commit(),
+            "commit": commit,
         }
 
     def _append(self, entry: dict) -> None:
@@ -375,13 +332,6 @@ class Session:
             value = value["miou"] if isinstance(value, dict) else value
             self.board.add_scalar(name, value, entry["iteration"])
 
-    def _tick(self) -> None:
-        """Adds the time since the last tick to the seconds of training."""
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-
     def _leave(self, done: int, number: int) -> None:
         if self.first:
             launcher = "python"
@@ -390,15 +340,12 @@ class Session:
             script, last = f"{self.args.method}.py", shlex.quote(str(self.folder / "last.pt"))
             stopped = f"{script}: stopped by {signal.Signals(number).name} after iteration {done}"
             print(f"{stopped}; go on with {launcher} {script} --resume {last}", file=sys.stderr)
-        _leave_ranks()
+        ranks.leave()
         sys.exit(128 + number)
 
 
-# ---- Files ----
-
-
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls write(a temporary path) and renames that file to path: it is whole or not there."""
+    """Lets write() fill a temporary file and renames it: path is whole or not there."""
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
@@ -418,18 +365,8 @@ def _tensorboard(folder: Path):
     return SummaryWriter(folder)
 
 
-def _commit() -> str | None:
-    """This repository's commit, or None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
 def peak_memory(device: torch.device) -> float:
-    """GiB that CUDA's allocator or this process held at most; NaN where that is not known."""
+    """GiB that CUDA's allocator or this process held at most; NaN where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

@@ -1,8 +1,12 @@
-"""Small data sets on disk and a way to run a method file's command line in this process."""
+"""Small data sets on disk, and ways to run, stop and compare the commands of method files."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +17,71 @@ from scipy.io import savemat
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# The networks of the tests, and of the commands that they start, are too small to share.
+# The networks of the tests, and of the commands that they start, are too small for more threads.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
+# A tiny run of each method on the camvid fixture in which every part of the loss counts.
+TINY = """--dataset camvid --labeled 4 --size 24 32 --weights none --layers 1 1 1 1 --width 4
+--batch-size 4 --workers 0 --aspp-rates 1 2 --lr 1e-3"""
+OWN = {
+    "classmix": "--warmup 2 --confidence-threshold 0.2 --extra-augmentations --flip",
+    "complexmix": "--warmup 2 --confidence-threshold 0.2",
+    "cowmix": "--confidence-threshold 0.1 --network deeplab",
+    "c3semiseg": "--warmup 2 --per-class 3 --consistency-ramp 2 --initial-threshold 0.15",
+}
+
+
+def tiny(method: str, camvid: Path) -> tuple[str, ...]:
+    """Flags of the tiny run."""
+    return (*TINY.split(), *OWN[method].split(), "--data-dir", str(camvid))
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Entries of log.jsonl, without the seconds."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def read_state(folder: Path, name="last.pt") -> dict:
+    """What the checkpoint of a run keeps."""
+    return torch.load(folder / name, weights_only=True)["state"]
+
+
+def same_state(a: Path, b: Path) -> None:
+    """Asserts that two runs have the same networks, optimizer and schedule, to the bit."""
+    torch.testing.assert_close(read_state(a), read_state(b), rtol=0, atol=0)
+
+
+def stopping_train(method: str, step: int, *numbers: int, rank=0):
+    """The method's train; in the middle of a step it sends one rank these signals."""
+    from common import run
+
+    class Stopped(run.Session):
+        def end_step(self, iteration, pictures):
+            for number in numbers if (iteration + 1, self.args.rank) == (step, rank) else ():
+                os.kill(os.getpid(), number)
+            super().end_step(iteration, pictures)
+
+    return partial(import_module(method).train, make_session=Stopped)
+
+
+def start(*argv, ranks=1, options=(), **more) -> subprocess.Popen:
+    """Starts a script, or -c CODE, with pipes; torchrun starts it if there are several ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *((*launcher, *options) if ranks > 1 else ()), *argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, **pipes, **more)
+
+
+def problems(errors: str) -> list[str]:
+    """Lines on stderr, without the warning that this is not all of CamVid."""
+    return [line for line in errors.splitlines() if not line.startswith("warning: --data-dir")]
+
 
 def write_pair(image_path: Path, label_path: Path | None, size, num_classes=3, seed=0):
-    """An image whose colour tells the class, and its label; size is (height, width)."""
+    """Writes an image whose colour tells the class, and its label; size is (height, width)."""
     rng = np.random.default_rng(seed)
     label = np.kron(rng.integers(0, num_classes, (4, 4)), np.ones((size[0] // 4, size[1] // 4)))
     label = label.astype(np.uint8)
@@ -34,7 +96,7 @@ def write_pair(image_path: Path, label_path: Path | None, size, num_classes=3, s
 
 
 def publish(monkeypatch, name: str, **counts: int):
-    """Let counts be those that the data set was published with."""
+    """Sets the counts that the data set was published with."""
     from common import layouts
 
     monkeypatch.setitem(layouts.COUNTS, name, counts)
@@ -119,21 +181,26 @@ def folder(tmp_path):
     return root
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Puts the signal handlers back that a command replaces."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("classmix", "--flag", value, ...) -> (exit status, stdout, stderr)."""
 
     def call(method: str, *argv) -> tuple[int, str, str]:
-        module = __import__(method)
         monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, argv)])
-        status, handlers = 0, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        status = 0
         try:
-            module.main()
+            import_module(method).main()
         except SystemExit as stop:
             status = stop.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         out = capsys.readouterr()
         return status, out.out, out.err
 

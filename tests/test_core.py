@@ -1,37 +1,42 @@
-"""What every method file promises: a core to copy, shared text, runs that go on as they were."""
+"""What every method file promises: a part to copy, a loop that can be called, exact resume."""
 
 import ast
 import builtins
 import inspect
+import signal
 import symtable
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import METHODS, ROOT, read_log, same_state, start, stopping_train, tiny
+from torch import nn
 
-from common import run
+from common import flags, run
 from common.deeplab import DeepLabV2
 
-METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
-ROOT = Path(__file__).parents[1]
+
+def imported(tree: ast.AST) -> set[str]:
+    """Top-level names of the modules that a source imports."""
+    nodes = list(ast.walk(tree))
+    names = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    names |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_core_runs_when_pasted_under_its_imports(method, monkeypatch):
+def test_the_part_to_copy_runs_alone(method, monkeypatch):
     source = (ROOT / f"{method}.py").read_text()
-    core = source.split("depends only on torch; copy from here ----\n")[1].split("# ---- to here")[
-        0
-    ]
-    for name in [name for name in sys.modules if name.split(".")[0] in ("common", "torchvision")]:
+    begin, end = "# ---- The method: depends only on torch; copy from here ----", "# ---- to here ----"
+    assert source.count(begin) == source.count(end) == 1
+    core = source.split(begin)[1].split(end)[0]
+    assert imported(ast.parse(core)) <= {"torch", *sys.stdlib_module_names}
+    loaded = {name for name in sys.modules if name.split(".")[0] in ("common", "torchvision")}
+    for name in {*loaded, "common", "torchvision"}:
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
-    imports = [n for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    known = {"torch", *sys.stdlib_module_names}
-    known = [ast.unparse(n) for n in imports if ast.unparse(n).split()[1].split(".")[0] in known]
     namespace = {}
-    exec("\n".join([*known, core]), namespace)
-    assert "import " not in core
+    exec(core, namespace)
 
     def unresolved(table):
         names = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
@@ -47,42 +52,82 @@ def test_mix_is_the_same_text_everywhere(method):
     assert texts[0] == texts[1]
 
 
+def test_nothing_imports_a_method():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]:
+        assert not imported(ast.parse(path.read_text())) & set(METHODS), path
+
+
+# Decay of the teacher in step k of a run with two steps of warm-up and --ema-decay 0.6.
+DECAY = {
+    "classmix": lambda k: min(1 - 1 / (k + 1), 0.6),
+    "complexmix": lambda k: min(1 - 1 / (max(0, k - 2) + 1), 0.6),
+    "cowmix": lambda k: 0.6,
+    "c3semiseg": lambda k: min(1 - 1 / (max(0, k - 2) + 1), 0.6),
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_imports_another(method):
-    tree = ast.parse((ROOT / f"{method}.py").read_text())
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert not modules & set(METHODS)
+def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
+    """This one counts the steps and looks at what each of them changes, as benchmarks do."""
+    steps, students, teachers, rates = [], [], [], []
 
+    class Watching(run.Session):
+        def look(self):
+            for name, seen in (("student", students), ("teacher", teachers)):
+                seen.append(nn.utils.parameters_to_vector(self.state[name].parameters()).detach())
+            rates.append(self.state["optimizer"].param_groups[0]["lr"])
 
-OWN = {"cowmix": "--network deeplab", "c3semiseg": "--warmup 1 --per-class 3"}
+        def restore(self):
+            first = super().restore()
+            self.look()
+            return first
+
+        def end_step(self, iteration, pictures):
+            steps.append(iteration)
+            if iteration < 5:  # in its last step C3 drops the projection head
+                self.look()
+            super().end_step(iteration, pictures)
+
+    argv = [*tiny(method, camvid), "--ema-decay", "0.6", "--iterations", "6"]
+    argv += ["--output-dir", str(tmp_path / "run")]
+    module = import_module(method)
+    preset = getattr(module, "preset", None)
+    recipe, args = flags.parse_args(method, module.__doc__, module.RECIPES, preset, argv)
+    module.train(recipe, args, make_session=Watching)
+    assert steps == [*range(6)] and (tmp_path / "run/result.json").exists()
+    assert rates == pytest.approx([rates[0] * (1 - k / 6) ** recipe.lr_power for k in range(6)])
+    for k in range(5):
+        assert not torch.equal(students[k], students[k + 1])
+        followed = students[k if method == "c3semiseg" else k + 1]
+        expected = torch.lerp(followed, teachers[k], DECAY[method](k))
+        torch.testing.assert_close(teachers[k + 1], expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_is_the_same(method, command, camvid, tmp_path):
-    """To the bit, also in what is padded with the mean of weights that are not ImageNet's."""
+def test_a_run_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
+    method, command, camvid, tmp_path, monkeypatch
+):
+    """To the bit, also where crops are padded with the mean of weights that are not ImageNet's."""
     state = DeepLabV2(11, layers=(1, 1, 1, 1), width=4).state_dict()
     torch.save({**state, "mean": torch.full((3, 1, 1), 0.9)}, tmp_path / "weights.pth")
-    flags = "--labeled 4 --size 48 64 --crop 64 80 --batch-size 4 --layers 1 1 1 1 --width 4 "
-    flags += (
-        f"--workers 0 --iterations 4 --save-every 2 --eval-every 4 {OWN.get(method, '--warmup 1')}"
-    )
-    base = ("--dataset", "camvid", "--data-dir", camvid, "--weights", tmp_path / "weights.pth")
-    base += tuple(flags.split())
+    flags = (*tiny(method, camvid), "--weights", tmp_path / "weights.pth", "--crop", 28, 40)
+    flags += ("--iterations", 12, "--eval-every", 8, "--save-every", 8)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command(method, *base, "--output-dir", whole)[0] == 0
-    saved, save = [], run.Run._save
-
-    def stop(self, done):
-        save(self, done)
-        saved.append(done)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_save", stop)
-        command(method, *base, "--output-dir", parts)
-    assert saved == [2]
-    assert command(method, "--resume", parts / "last.pt")[0] == 0
-    a, b = (torch.load(folder / "last.pt", weights_only=True)["state"] for folder in (whole, parts))
-    for network in ("student", "teacher"):
-        assert all(torch.equal(a[network][name], b[network][name]) for name in a[network])
+    assert command(method, *flags, "--output-dir", whole)[::2] == (0, "")
+    with monkeypatch.context() as patch:
+        train = stopping_train(method, 5, signal.SIGTERM)
+        patch.setattr(import_module(method), "train", train)
+        status, _, errors = command(method, *flags, "--output-dir", parts)
+    last = parts / "last.pt"
+    line = f"{method}.py: stopped by SIGTERM after iteration 5; go on with python {method}.py"
+    assert (status, errors) == (143, f"{line} --resume {last}\n")
+    code = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import conftest, {method}\n"
+    code += f"{method}.train = conftest.stopping_train({method!r}, 11, {signal.SIGKILL})\n"
+    killed = start("-c", f"{code}{method}.main()", "--resume", last)
+    printed, _ = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL and "resumed at iteration 5" in printed
+    assert read_log(parts)[-1]["iteration"] == 10 and not (parts / "result.json").exists()
+    status, printed, _ = command(method, *flags, "--resume", "auto", "--output-dir", parts)
+    assert status == 0 and "resumed at iteration 8" in printed
+    same_state(whole, parts)
+    assert read_log(whole) == read_log(parts) and (parts / "result.json").exists()
