@@ -4,7 +4,6 @@ A mean teacher labels unlabeled images. The student sees them with other colours
 labeled images, and it matches the teacher where the teacher is confident for the class. Embeddings
 of pixels of both sets are drawn together within a class and pushed apart between classes.
 
-    function                           paper
     supervised_loss, consistency_loss  equations 1 and 2
     pixel_contrast_loss                equation 3; with the teacher's embeddings, equation 5
     box_mask, mix, cut_mix             equation 4 (section 3.2), both complements
@@ -13,32 +12,32 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     c3_loss, loss_weights              terms of equation 7 and their weights (section 4.1)
     scale_crop_flip, color_view        A and A-hat of section 3.2
 
-    choice                  paper             published code (1)    here           flag
-    unit of lambda_1        sum over K        mean over K           mean over K    --consistency-weight
-    unit of lambda_2        equation 5        tau / 0.1 times it    equation 5     --contrast-weight
-    averages (eq. 1, 2)     images, then all  pixels of a group     pixels
-    labeled g of eq. 5      the teacher's     the student's         the student's
-    gradient of eq. 3, 5    -                 one side, but both where labeled meets labeled
-    P_i contains i          -                 no                    no
-    road is contrasted      yes               no                    yes            --no-contrast-road
-    backbone's rate         lr                0.1 lr, thrice (2)    0.3 lr         --backbone-factor
-    classifiers             four branches     sums two of them      four           --aspp-rates 6 12
-    warm-up                 10 epochs         2250 steps            2500 steps     --warmup
-      with contrast         no                labeled pixels        as the code    --no-warmup-contrast
-    groups to mix           -                 4 + 4 of one GPU      4 + 4          --group-size
-    alpha                   0.99              rises to 0.99         0.99           --ema-warm-start
-    s = 1                   no thresholds     0.9 for ever          no thresholds  --threshold-momentum 1
-    teacher is updated      -                 first in a step       first
-    batch norm              -                 frozen                frozen (3)
-    pixels in a contrast    all sampled       all sampled           of at most 256 (image, class)
-    scored                  -                 best student          last student
-    Not offered, all of the code: labeled images are rotated after the crop, images may come twice
-    in an epoch, and on BDD100K unlabeled images have no scales and no RandAugment, and labeled
-    ones are unlabeled too. Figure 1 shows strong colours for labeled images; section 4.1 and the
-    code have none. The black corners that rotation leaves on unlabeled images count, as there.
+    choice              paper              published code (1)  here            flag
+    lambda_1            sum over K         mean over K         mean over K     --consistency-weight
+    lambda_2            0.1 (eq. 5)        0.15 in its units   0.15            --contrast-weight
+    means (eq. 1, 2)    of each image      of a group          of a group
+    labeled g (eq. 5)   the teacher's      the student's       the student's
+    P_i contains i      -                  no                  no
+    detached            -                  g, but not between labeled pixels
+    road in eq. 5       yes                no                  yes             --no-contrast-road
+    backbone's rate     lr                 0.1 lr, thrice (2)  0.3 lr          --backbone-factor
+    classifiers         four branches      sums two of them    four            --aspp-rates 6 12
+    warm-up             10 epochs          2250 steps          2500 steps      --warmup
+      contrast in it    no                 labeled pixels      labeled pixels  --no-warmup-contrast
+    groups to mix       -                  4 + 4, of a GPU     4 + 4           --group-size
+    alpha               0.99               rises to 0.99       0.99            --ema-warm-start
+    table 7, s = 1      no thresholds      stay at 0.9         no thresholds   --threshold-momentum
+    teacher's update    -                  first in a step     first in a step
+    batch norm          -                  frozen              frozen (3)
+    rotation            -                  labeled: after crop before the crop
+    black corners       -                  count (unlabeled)   count (unlabeled)
+    labeled colours     figure 1: strong   weak                weak
+    BDD100K, unlabeled  scaled, RandAugm.  neither             as the paper
+    an epoch            -                  with repetition     without
+    scored              -                  best student        last student
 
-(1) It cannot run as published. (2) Its optimizer lists backbone parameters three times. (3) With
---weights none it is trained, and both networks use each batch's statistics.
+(1) It cannot run as published. (2) Its optimizer lists these parameters three times. (3) Trained
+with --weights none; both networks then use the statistics of each batch.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -65,7 +64,7 @@ View = Literal["weak", "jitter", "strong"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of section 4.1 for Cityscapes. Parentheses name another source; "code": no paper."""
+    """Numbers of section 4.1 for Cityscapes, or as noted; "code" is not in the paper."""
 
     size: tuple[Count, Count] | None = (512, 1024)  # height and width of resized images, pixels
     scales: tuple[Positive, ...] = (1.0,)  # scale factors, one is drawn for each image
@@ -219,10 +218,7 @@ class ProjectionHead(nn.Sequential):
 
 
 def draw_pixels(pool: Tensor, score: Tensor, count: int) -> Tensor:
-    """The `count` pixels of a pool with the highest scores, others if it is too small.
-
-    bool (B,K,N), (B,1,N) -> int64 (B,K,count).
-    """
+    """The pixels with the highest scores, of the pool first: (B,K,N), (B,1,N) -> (B,K,count)."""
     return score.masked_fill(~pool, -1).topk(count).indices
 
 
@@ -269,8 +265,7 @@ def contrast_loss(
 ) -> Tensor:
     """Equation 5 at sampled pixels: (B,D,h,w) twice, (B,H,W) int64, (B,K,H,W) -> scalar.
 
-    Classes below first_class are left out. If more than 256 (image, class) groups are possible,
-    256 random groups with pixels are used, to save memory.
+    Classes below first_class are left out.
     """
     size, num_classes = embedding.shape[2:], logits.shape[1]
     label = resize_nearest(label, size)
@@ -279,12 +274,6 @@ def contrast_loss(
     index, label = sample_pixels(
         label, prediction, per_class, num_classes=num_classes, hard=hard, generator=generator
     )
-    groups = len(embedding) * num_classes
-    if groups > 256:
-        index, label = index.view(groups, -1), label.view(groups, -1)
-        score = torch.rand(groups, generator=generator, device=label.device)
-        kept = (score + (label[:, 0] == 255)).argsort()[:256]  # empty groups come last
-        index, label = index[kept].flatten(), label[kept].flatten()
     f = embedding.movedim(1, 3).flatten(0, 2)[index]
     g = contrast.movedim(1, 3).flatten(0, 2)[index]
     return pixel_contrast_loss(f, label, g, label, temperature, exclude_self=True)
@@ -332,15 +321,15 @@ def label_images(teacher: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
     return prob, *prob.max(1), embedding
 
 
-def draw_pairs(mixing: str, n: int, size: tuple, *, generator=None, device=None):
+def draw_pairs(mixing: str, n: int, size: tuple, generator: torch.Generator):
     """An order of n labeled and n unlabeled images in which i meets n + i, and boxes (n,*size).
 
     "cross": random pairs; "intra": pairs within a set (table 6); "none": empty boxes.
     """
-    order = torch.randperm(2 * n, generator=generator, device=device)
+    order = torch.randperm(2 * n, generator=generator, device=generator.device)
     if mixing == "intra":  # neighbours meet; if n is odd, one pair crosses the sets
-        order = torch.arange(2 * n, device=device).view(n, 2).T.flatten()
-    box = box_mask(n, size, generator=generator, device=device)
+        order = torch.arange(2 * n, device=generator.device).view(n, 2).T.flatten()
+    box = box_mask(n, size, generator=generator, device=generator.device)
     return order, torch.zeros_like(box) if mixing == "none" else box
 
 
@@ -393,22 +382,14 @@ def sigmoid_ramp(iteration: int, length: int) -> float:
 # ---- to here ----
 
 
-def _solarize(image: Tensor, r: float) -> Tensor:
-    return torch.where(image.int() >= int(256 * r), 255 - image, image)  # 256: none
-
-
-def _solarize_add(image: Tensor, r: float) -> Tensor:
-    return torch.where(image < 128, image + int(110 * r), image)
-
-
 # Colour operations of RandAugment (Cubuk et al. 2020): uint8 (B,3,H,W), r in [0,1] -> same.
 OPERATIONS = {
     "auto-contrast": lambda image, _: TF.autocontrast(image),
     "equalize": lambda image, _: TF.equalize(image),
     "invert": lambda image, _: TF.invert(image),
     "posterize": lambda image, r: TF.posterize(image, int(4 * r)),  # bits that stay
-    "solarize": _solarize,
-    "solarize-add": _solarize_add,
+    "solarize": lambda image, r: torch.where(image.int() >= int(256 * r), 255 - image, image),
+    "solarize-add": lambda image, r: torch.where(image < 128, image + int(110 * r), image),
     "color": lambda image, r: TF.adjust_saturation(image, 1.8 * r + 0.1),
     "contrast": lambda image, r: TF.adjust_contrast(image, 1.8 * r + 0.1),
     "brightness": lambda image, r: TF.adjust_brightness(image, 1.8 * r + 0.1),
@@ -431,25 +412,25 @@ def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
     return drawn
 
 
-def color_view(recipe: Recipe, view: View):
-    """A-hat of section 3.2: augment(seed, image), float (B,3,H,W) in [0,1] -> same.
+def color_view(recipe: Recipe, view: str, seed: int, image: Tensor) -> Tensor:
+    """A-hat of section 3.2, for each image on its own: float (B,3,H,W) in [0,1] -> same.
 
     "weak" changes nothing, "jitter" jitters colours, "strong" also does RandAugment's operations.
-    Each image draws anew. Colours have 8 bits, as with PIL.
+    Colours have 8 bits, as with PIL.
     """
     if view == "weak":
-        return lambda _, image: image
+        return image
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
 
     def change(batch: Tensor) -> Tensor:
-        images = [jitter(image) for image in batch.mul(255).round().byte()]
+        images = [jitter(image) for image in batch]
         drawn = [draw_operations(recipe) if view == "strong" else [] for _ in images]
         for k, operations in enumerate(drawn):
             for name, strength in operations:
                 images[k] = OPERATIONS[name](images[k], strength)
-        return torch.stack(images).float().div(255)
+        return torch.stack(images)
 
-    return partial(seeded, change)
+    return seeded(change, seed, image.mul(255).round().byte()).float().div(255)
 
 
 class Network(DeepLabV2):
@@ -474,14 +455,30 @@ class Network(DeepLabV2):
 
 def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> Network:
     """Builds the network of section 4.1. Pretrained batch norm is frozen."""
-    return Network(
-        num_classes,
-        None if recipe.contrast == "none" else recipe.embedding,
-        layers=recipe.layers,
-        width=recipe.width,
-        rates=recipe.aspp_rates,
-        batch_norm="frozen" if pretrained else "batch",
-        train_affine=not pretrained,
+    shape = {"layers": recipe.layers, "width": recipe.width, "rates": recipe.aspp_rates}
+    batch_norm = {"batch_norm": "frozen" if pretrained else "batch", "train_affine": not pretrained}
+    embedding = None if recipe.contrast == "none" else recipe.embedding
+    return Network(num_classes, embedding, **shape, **batch_norm)
+
+
+def make_optimizer(recipe: Recipe, student: nn.Module):
+    """Returns the optimizer and the schedule of its learning rate."""
+    backbone, heads = student.parameter_groups(recipe.lr, 1.0)
+    backbone["lr"] = recipe.lr * recipe.backbone_factor
+    optimizer = torch.optim.Adam([backbone, heads])
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
+    return optimizer, schedule
+
+
+def make_contrast(recipe: Recipe, generator: torch.Generator):
+    """contrast_loss with the recipe's options."""
+    return partial(
+        contrast_loss,
+        temperature=recipe.temperature,
+        per_class=recipe.per_class,
+        hard=recipe.hard_sampling,
+        first_class=0 if recipe.contrast_road else 1,
+        generator=generator,
     )
 
 
@@ -504,18 +501,21 @@ def teacher_decay(recipe: Recipe, iteration: int) -> float:
     return recipe.ema_decay
 
 
-def label_groups(teacher: nn.Module, regions: ConfidentRegions, images: list[Tensor]) -> list:
-    """The teacher's prob, pseudo-label (255: not confident) and embedding for each group.
+def label_groups(recipe: Recipe, teacher, regions, images: dict[int, Tensor], seed) -> dict:
+    """What c3_loss takes of unlabeled images, by group. seed(group, purpose) seeds the colours.
 
     The thresholds are updated once, with the images of all groups and ranks.
     """
-    prob, confidence, label, embedding = zip(
-        *[label_images(teacher, image) for image in images], strict=True
-    )
-    regions.update(ranks.gather(torch.cat(confidence)), ranks.gather(torch.cat(label)))
-    confident = regions.confident(torch.cat(confidence), torch.cat(label))
-    label = torch.cat(label).masked_fill(~confident, 255).chunk(len(images))
-    return list(zip(prob, label, embedding, strict=True))
+    strong, targets = [], []
+    for k, image in images.items():
+        weak = color_view(recipe, recipe.teacher_view, seed(k, "teacher"), image)
+        targets.append(label_images(teacher, weak))
+        strong.append(color_view(recipe, recipe.student_view, seed(k, "student"), image))
+    prob, confidence, label, embedding = zip(*targets, strict=True)
+    confidence, label = torch.cat(confidence), torch.cat(label)
+    regions.update(ranks.gather(confidence), ranks.gather(label))
+    label = label.masked_fill(~regions.confident(confidence, label), 255).chunk(len(images))
+    return dict(zip(images, zip(strong, prob, label, embedding, strict=True), strict=True))
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> int:
@@ -543,67 +543,47 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     student = network(recipe, data.num_classes, pretrained=args.weights != "none").to(args.device)
     if args.supervised:
         student.projection = None
+    contrasting = student.projection is not None
     if args.checkpoint is None:
         print(f"weights: {load_weights(student, args.weights)}")
     teacher = make_teacher(student, train_mode=True)
     thresholds = (recipe.keep, recipe.threshold_momentum, recipe.initial_threshold)
     regions = ConfidentRegions(data.num_classes, *thresholds).to(args.device)
-    backbone, heads = student.parameter_groups(recipe.lr, 1.0)
-    backbone["lr"] = recipe.lr * recipe.backbone_factor
-    optimizer = torch.optim.Adam([backbone, heads])
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
+    optimizer, schedule = make_optimizer(recipe, student)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     state["regions"] = regions
-    session = make_session(
-        recipe, args, data, (labeled, unlabeled), state, headline="student", accumulate=groups
-    )
+    split = (labeled, unlabeled)
+    session = make_session(recipe, args, data, split, state, headline="student", accumulate=groups)
     start = session.restore()
-    weak = {"scales": recipe.scales, "rotation": recipe.rotation}
-    weak |= {"crop": recipe.crop, "flip": recipe.flip}
-    transform = scale_crop_flip(**weak, mean=student.mean)
+    weak = {"rotation": recipe.rotation, "crop": recipe.crop, "flip": recipe.flip}
+    transform = scale_crop_flip(scales=recipe.scales, **weak, mean=student.mean)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     first = max(start, recipe.warmup)
     batches_u = session.batches(unlabeled, transform, stream=1, start=first)
-    teacher_view = color_view(recipe, recipe.teacher_view)
-    student_view = color_view(recipe, recipe.student_view)
-    sampling = {"per_class": recipe.per_class, "hard": recipe.hard_sampling}
-    sampling |= {"temperature": recipe.temperature, "first_class": 0 if recipe.contrast_road else 1}
-    contrasting = student.projection is not None
     student = run.prepare(student, args, train=True)
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):
         semi = not args.supervised and iteration >= recipe.warmup
-        # Once it labels images, the teacher has batch-norm statistics of its own.
+        # Once the teacher labels images, it has batch-norm statistics of its own.
         buffers = "keep" if semi and iteration > recipe.warmup else "copy"
         update_teacher(teacher, student, decay=teacher_decay(recipe, iteration), buffers=buffers)
-        seeds = partial(run.step_seed, args.seed, iteration)
+        seed = partial(run.step_seed, args.seed, iteration)
         if semi:
-            images_u = [next(batches_u)[0] for _ in session.micro_batches]
-            numbered = list(zip(session.micro_batches, images_u, strict=True))
-            targets = label_groups(
-                teacher,
-                regions,
-                [teacher_view(seeds(k, "teacher"), image) for k, image in numbered],
-            )
-            session.log({"confident": torch.cat([t[1] != 255 for t in targets]).float().mean()})
+            images_u = {k: next(batches_u)[0] for k in session.micro_batches}
+            targets = label_groups(recipe, teacher, regions, images_u, seed)
+            label_u = torch.cat([label for _, _, label, _ in targets.values()])
+            session.log({"confident": (label_u != 255).float().mean()})
         weights = loss_weights(recipe, iteration)
-        for k, micro_batch in enumerate(session.micro_batches):  # groups; gradients add up
+        for k in session.micro_batches:  # groups; their gradients add up
             image_l, label_l = next(batches_l)
-            seed = seeds(micro_batch, "boxes, pixels")
-            generator = torch.Generator(args.device).manual_seed(seed)
-            contrast = partial(contrast_loss, **sampling, generator=generator)
-            contrast = contrast if contrasting else None
+            generator = torch.Generator(args.device).manual_seed(seed(k, "boxes, pixels"))
+            options = {"contrast": make_contrast(recipe, generator) if contrasting else None}
             if semi:
-                strong = student_view(seeds(micro_batch, "student"), images_u[k])
-                size, where = image_l.shape[2:], {"generator": generator, "device": args.device}
-                order, box = draw_pairs(recipe.mixing, len(image_l), size, **where)
-                sets = {"contrast": contrast, "sets": recipe.contrast}
-                unlabeled_k = (strong, *targets[k])
-                terms, details = c3_loss(
-                    student, (image_l, label_l), unlabeled_k, order, box, **sets
-                )
+                pairs = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
+                options["sets"] = recipe.contrast
+                terms, details = c3_loss(student, (image_l, label_l), targets[k], *pairs, **options)
             else:
-                terms, details = warmup_loss(student, image_l, label_l, contrast=contrast)
+                terms, details = warmup_loss(student, image_l, label_l, **options)
             loss = sum(weights[name] * term for name, term in terms.items())  # equation 7
             (loss / groups).backward()
             session.log(terms)

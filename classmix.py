@@ -1,10 +1,9 @@
 """ClassMix (Olsson, Tranheden, Pinto, Svensson; WACV 2021, arXiv:2007.07936).
 
 A mean teacher labels two unlabeled images. Half of the classes that it finds in the first image
-are cut out and pasted onto the second image, and so are their labels. The student learns from the
-mixed image. The loss is weighted by the share of pixels of which the teacher is confident.
+are pasted onto the second image, and so are their labels. The student learns from the mixed image,
+and the loss is weighted by the share of pixels of which the teacher is confident.
 
-    function            paper
     class_mask          algorithm 1, lines 4-6
     mix                 algorithm 1, lines 7-8
     unlabeled_weight    lambda of equation 1 (section 3.3; alternatives: section 4.3)
@@ -13,26 +12,18 @@ mixed image. The loss is weighted by the share of pixels of which the teacher is
     classmix_loss       algorithm 1 and the second term of equation 1
     cow_mask, cut_mask  the other masks of table 3
 
-    choice               paper          published code     here          flag
-    classifiers          four branches  sums two of them   four          --aspp-rates 6 12
-    lambda is a share    of an image    of a batch         of a batch    --weight-scope sample
-    Nesterov momentum    yes            no                 no            --nesterov
-    jitter and blur      in table 3     on Cityscapes      no            --extra-augmentations
-      drawn              -              once a batch       once an image
-    VOC: mirrored        yes            no                 yes           --no-flip
-    VOC: scale           0.5 to 1.5     0.5 to 1.6         0.5 to 1.5    --scale-range 0.5 1.6
-    squared error        sum over K     mean over K        sum over K
-    backbone parameters  listed once    listed thrice (1)  listed once   --lr 7.5e-4
-                                                                         --head-factor 3.33
-    initial weights      COCO           COCO               ImageNet (2)  --weights FILE
-    batch norm           -              batch statistics, affine parameters frozen (3)
-    evaluated            -              student            student and teacher
-    unlabeled images     -              without labeled    without labeled
-    file lists           -              unsorted           sorted
+    choice             paper         published code    here         flag
+    classifiers        4 branches    sums 2 of them    4            --aspp-rates 6 12
+    lambda: share of   an image      a batch           a batch      --weight-scope sample
+    Nesterov momentum  yes           no                no           --nesterov
+    jitter and blur    table 3       on Cityscapes     no           --extra-augmentations
+    VOC: scale         0.5 to 1.5    0.5 to 1.6        0.5 to 1.5   --scale-range 0.5 1.6
+    VOC: mirror        yes           no                yes          --no-flip
+    squared error      sum over K    mean over K       sum over K
+    backbone (1)       1             3                 1            --lr 7.5e-4 --head-factor 3.33
+    initial weights    COCO          COCO (offline)    ImageNet     --weights FILE
 
-(1) The optimizer of the published code holds backbone parameters several times, which multiplies
-their steps; the flags approximate this. (2) The COCO weights are no longer online. (3) Trained with
---weights none.
+(1) Times that the optimizer lists its parameters, which multiplies their steps.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -58,28 +49,28 @@ Kind = Literal["cross-entropy", "soft-cross-entropy", "squared-error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of section 4.1 for Cityscapes. Parentheses name another source; "code": no paper."""
+    """Numbers of sections 4.1 and 4.3 for Cityscapes, or as noted; "code" is not in the paper."""
 
     size: tuple[Count, Count] | None = (512, 1024)  # height and width of resized images, pixels
-    crop: tuple[Count, Count] | None = None  # height and width of random crops, pixels (table 3)
+    crop: tuple[Count, Count] | None = None  # height and width of random crops, pixels
     scale_range: tuple[Positive, Positive] = (1.0, 1.0)  # random scale before the crop
     flip: bool = False  # mirror images at random
     batch_size: Count = 2  # labeled images in a step, and as many unlabeled ones
-    iterations: Count = 40_000  # training steps (80000 in table 3)
-    warmup: int = 0  # first steps, on labeled images only (not in the paper)
-    optimizer: Literal["sgd", "adam"] = "sgd"  # SGD in the paper
+    iterations: Count = 40_000  # training steps
+    warmup: int = 0  # first steps, on labeled images only (ours)
+    optimizer: Literal["sgd", "adam"] = "sgd"  # the paper's is SGD
     lr: float = 2.5e-4  # learning rate of the backbone
     head_factor: float = 10.0  # the classifiers' learning rate, as a multiple of lr (code)
     lr_power: float = 0.9  # lr is multiplied by (1 - iteration / iterations) ** lr_power
     momentum: Share = 0.9  # momentum of SGD
-    nesterov: bool = False  # use Nesterov momentum (paper: yes, code: no)
+    nesterov: bool = False  # use Nesterov momentum with SGD
     weight_decay: float = 5e-4  # weight decay of all trained parameters
     ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
+    weight_scope: Literal["batch", "sample"] = "batch"  # where the share in lambda is taken
     mask: Literal["class", "cow", "cut"] = "class"  # what is pasted (table 3)
     sigma_range: tuple[Positive, Positive] = (8.0, 32.0)  # blur of cow masks, pixels (code)
     weighting: Literal["fraction", "pixel", "ramp", "constant"] = "fraction"  # lambda (table 3)
-    weight_scope: Literal["batch", "sample"] = "batch"  # fraction of a batch (code), or of an image
-    confidence_threshold: Share = 0.968  # tau, the least confidence that counts (4.3)
+    confidence_threshold: Share = 0.968  # tau, the least confidence that counts
     ramp_iterations: Count = 10_000  # length of the ramp of --weighting ramp, steps (4.3)
     unlabeled_loss: Kind = "cross-entropy"  # loss between student and teacher (table 3)
     extra_augmentations: bool = False  # jitter and blur mixed images (table 3)
@@ -89,13 +80,13 @@ class Recipe:
     blur_probability: Share = 0.5  # share of the mixed images that are blurred (code)
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
     width: Count = 64  # channels of the first convolution
-    aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers (code: 6 12)
+    aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
 SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
 ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
-# The paper has cityscapes and voc (4.1). camvid and bdd100k follow the former, folder the latter.
+# Data sets that the paper does not have take the numbers of the one they resemble most.
 RECIPES = {
     "cityscapes": Recipe(),
     "voc": VOC,
@@ -116,35 +107,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def class_mask(pseudo_label: Tensor, num_classes: int, *, scores=None, generator=None) -> Tensor:
-    """Pixels of a random half of the classes present in each image (algorithm 1, lines 4-6).
-
-    (B,H,W) int64 -> (B,H,W) bool. Of n classes present, the floor(n/2) with the lowest scores are
-    chosen. scores (B,K) are uniform noise unless given. Ids outside 0..K-1 are never chosen.
-    """
-    if scores is None:
-        shape, device = (len(pseudo_label), num_classes), pseudo_label.device
-        scores = torch.rand(shape, generator=generator, device=device)
-    in_range = (pseudo_label >= 0) & (pseudo_label < num_classes)
-    index = torch.where(in_range, pseudo_label, num_classes).flatten(1)  # K: out of range
-    present = torch.zeros(len(index), num_classes + 1, dtype=torch.bool, device=index.device)
-    present = present.scatter(1, index, True)[:, :num_classes]
-    rank = scores.masked_fill(~present, torch.inf).argsort(1).argsort(1)
-    chosen = rank < present.sum(1, keepdim=True) // 2
-    return F.pad(chosen, (0, 1)).gather(1, index).view_as(pseudo_label)
-
-
 def cow_mask(batch: int, size: tuple, *, sigma_range: tuple, generator=None, device=None) -> Tensor:
-    """Spots where blurred noise is above its mean (table 3; French et al. 2020): (B,*size) bool.
-
-    The blur of each mask is log-uniform in sigma_range, pixels. Noise, mirrored at the edges, is
-    blurred by damping its cosine transform.
-    """
+    """Spots of blurred noise above its mean (table 3), sigma log-uniform: (B,*size) bool."""
     low, high = math.log(sigma_range[0]), math.log(sigma_range[1])
     uniform = torch.rand(batch, 1, 1, generator=generator, device=device)
     sigma = (low + (high - low) * uniform).exp()
     smooth = torch.randn(batch, *size, generator=generator, device=device)
-    for n in size:  # dimension 1 is the height, then, transposed, the width
+    for n in size:  # blur by damping the cosine transform, first of the height, then of the width
         k = torch.arange(n, device=device)
         cosine = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * (2 / n) ** 0.5
         cosine[0] /= 2**0.5
@@ -154,10 +123,7 @@ def cow_mask(batch: int, size: tuple, *, sigma_range: tuple, generator=None, dev
 
 
 def cut_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
-    """CutMix with half of the area (table 3): (B,*size) bool, False inside one box per mask.
-
-    The width is uniform in [W/2, W], the height is HW/2 divided by it, the place is uniform.
-    """
+    """CutMix (table 3): (B,*size) bool, False in a box of half of the area, of uniform width."""
     height, width = size
     uniform = torch.rand(3, batch, 1, 1, generator=generator, device=device)
     narrowest = (width + 1) // 2
@@ -171,6 +137,28 @@ def cut_mask(batch: int, size: tuple, *, generator=None, device=None) -> Tensor:
     return ~(inside_rows & (column >= left) & (column < left + box_width))
 
 
+def class_mask(pseudo_label, num_classes: int, *, scores=None, generator=None) -> Tensor:
+    """Pixels of a random half of the classes present in each image (algorithm 1, lines 4-6).
+
+    (B,H,W) int64 -> (B,H,W) bool. Of n classes present, the floor(n/2) with the lowest scores are
+    chosen. scores (B,K) are uniform noise unless given. Ids outside 0..K-1 are never chosen.
+    """
+    (batch, *_), device = pseudo_label.shape, pseudo_label.device
+    if scores is None:
+        scores = torch.rand(batch, num_classes, generator=generator, device=device)
+    in_range = (pseudo_label >= 0) & (pseudo_label < num_classes)
+    label = torch.where(in_range, pseudo_label, num_classes)  # K: out of range
+    index = label.flatten(1)
+    table = torch.zeros(batch, num_classes + 1, dtype=torch.bool, device=device)
+    present = table.scatter(1, index, True)[..., :num_classes]
+    scores = scores.masked_fill(~present, torch.inf)
+    n = present.sum(-1, keepdim=True)
+    order = scores.argsort(-1)
+    lowest = (torch.arange(num_classes, device=device) < n // 2).expand_as(order)
+    chosen = table.scatter(-1, order, lowest)
+    return chosen.flatten(1).gather(1, index).view_as(pseudo_label)
+
+
 def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a where the mask is True, else b: (B,H,W) bool, (B,H,W) or (B,C,H,W) twice -> same."""
     return torch.where(mask if a.dim() == mask.dim() else mask.unsqueeze(1), a, b)
@@ -181,20 +169,18 @@ def sigmoid_ramp(iteration: int, length: int) -> float:
     return math.exp(-5 * (1 - min(1.0, iteration / length)) ** 2)
 
 
-def unlabeled_weight(
-    confidence: Tensor, threshold: float, *, weighting: str, scope: str, ramp: float
-) -> Tensor:
+def unlabeled_weight(confidence: Tensor, threshold: float, weighting: str, scope: str, factor=1.0):
     """lambda (equation 1): (B,H,W) confidence of mixed images -> (B,H,W), (B,1,1) or (1,1,1).
 
     "fraction": the share of confident pixels in the "batch" or in each "sample"; "pixel": 1 for a
-    confident pixel, else 0; "ramp": the value of ramp; "constant": 1.
+    confident pixel, else 0; all multiplied by factor.
     """
     confident = (confidence >= threshold).float()
     if weighting == "pixel":
-        return confident
-    if weighting == "fraction":
-        return confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
-    return torch.full_like(confident[:1, :1, :1], ramp if weighting == "ramp" else 1.0)
+        return factor * confident
+    if weighting in ("ramp", "constant"):  # factor alone
+        return torch.full_like(confident[:1, :1, :1], factor)
+    return factor * confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
@@ -220,29 +206,28 @@ def classmix_loss(
     image: Tensor,
     *,
     make_mask: Callable[[Tensor], Tensor],
-    augment: Callable[[Tensor], Tensor] = lambda image: image,
     threshold: float = 0.968,
     weighting: str = "fraction",
     scope: str = "batch",
-    ramp: float = 1.0,
+    factor: float = 1.0,
+    augment: Callable[[Tensor], Tensor] = lambda image: image,
     kind: str = "cross-entropy",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
     Each image is pasted onto the next one of the batch, and the last onto the first. make_mask
-    turns pseudo-labels (B,H,W) into masks. augment changes the mixed images.
+    turns pseudo-labels (B,H,W) into masks. augment changes mixed images. Algorithm 1: prob S_A, S_B
+    (lines 1-2), pseudo_label (line 3), mask M (lines 4-6).
     """
     with torch.no_grad():
-        prob = teacher(image).float().softmax(1)  # S_A, S_B (lines 1-2)
-        confidence, pseudo_label = prob.max(1)  # (line 3)
-        mask = make_mask(pseudo_label)  # M (lines 4-6)
+        prob = teacher(image).float().softmax(1)
+        confidence, pseudo_label = prob.max(1)
+        mask = make_mask(pseudo_label)
         image_mix = augment(mix(mask, image, image.roll(-1, 0)))  # M * A + (1 - M) * B (line 7)
         label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # (line 8)
         prob_mix = mix(mask, prob, prob.roll(-1, 0)) if kind != "cross-entropy" else None
         confidence_mix = mix(mask, confidence, confidence.roll(-1, 0))
-        weight = unlabeled_weight(
-            confidence_mix, threshold, weighting=weighting, scope=scope, ramp=ramp
-        )
+        weight = unlabeled_weight(confidence_mix, threshold, weighting, scope, factor)
     logits = student(image_mix)
     loss = (weight * consistency(logits, label_mix, prob_mix, kind)).mean()
     details = {"pseudo_label": pseudo_label, "mask": mask, "mixed_image": image_mix}
@@ -254,18 +239,12 @@ def classmix_loss(
 
 def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> DeepLabV2:
     """Builds the paper's network. Pretrained batch-norm weights and biases stay as they are."""
-    return DeepLabV2(
-        num_classes,
-        layers=recipe.layers,
-        width=recipe.width,
-        rates=recipe.aspp_rates,
-        batch_norm="batch",
-        train_affine=not pretrained,
-    )
+    shape = {"layers": recipe.layers, "width": recipe.width, "rates": recipe.aspp_rates}
+    return DeepLabV2(num_classes, **shape, batch_norm="batch", train_affine=not pretrained)
 
 
 def make_optimizer(recipe: Recipe, student: nn.Module):
-    """Returns the optimizer and the schedule of its learning rate (section 4.1)."""
+    """Returns the optimizer and the schedule of its learning rate."""
     groups = student.parameter_groups(recipe.lr, recipe.head_factor)
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
@@ -288,10 +267,7 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
 
 
 def jitter_and_blur(recipe: Recipe) -> Callable[[int, Tensor], Tensor]:
-    """The extra augmentations of table 3, each image on its own; without them, the identity.
-
-    Returns augment(seed, image): float (B,3,H,W) in [0,1] -> same.
-    """
+    """augment(seed, image) of table 3: float (B,3,H,W) in [0,1] -> same, each image on its own."""
     if not recipe.extra_augmentations:
         return lambda _, image: image
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.jitter, 0.5))
@@ -340,6 +316,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):
         mixing = not args.supervised and iteration >= recipe.warmup
+        ramp = sigmoid_ramp(iteration, recipe.ramp_iterations)
         for micro_batch in session.micro_batches:  # their gradients add up
             image_l, label_l = next(batches_l)
             logits_l = student(image_l)
@@ -357,11 +334,11 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
                 teacher,
                 image_u,
                 make_mask=partial(make_mask, recipe, data.num_classes, generator),
-                augment=partial(augment, seed("augment")),
                 threshold=recipe.confidence_threshold,
                 weighting=recipe.weighting,
                 scope=recipe.weight_scope,
-                ramp=sigmoid_ramp(iteration, recipe.ramp_iterations),
+                factor=ramp if recipe.weighting == "ramp" else 1.0,
+                augment=partial(augment, seed("augment")),
                 kind=recipe.unlabeled_loss,
             )
             (loss_u / args.accumulate).backward()

@@ -1,48 +1,31 @@
 """ComplexMix (Chen, Ouyang, Zhu, Agam; ICIP 2021, arXiv:2101.10156).
 
 As in ClassMix, a mean teacher labels two unlabeled images, and classes of the first image are
-pasted onto the second. Here the images are split into p x p blocks, and half of the classes are
-drawn anew in each block. p sets the complexity and is drawn in each iteration.
+pasted onto the second. But the images are split into p x p blocks, and half of the classes are
+drawn anew in each block. p, which sets the complexity, is drawn in each iteration.
 
-    function          paper
-    draw_blocks       section 3.1, mixing strategy: p of an iteration
-    complex_mask      section 3.1, mixing strategy: M
-    mix               section 3.1, mixing strategy: u_ab = M u_a + (1 - M) u_b
-    unlabeled_weight  lambda of equation 1; section 3.1, algorithm: confidence
-    cross_entropy     equation 2, labeled term of equation 1
-    complexmix_loss   equation 3, unlabeled term of equation 1
+    draw_blocks         section 3.1, mixing strategy: p of an iteration
+    complex_mask        section 3.1, mixing strategy: M
+    mix                 section 3.1, mixing strategy: u_ab = M u_a + (1 - M) u_b
+    unlabeled_weight    lambda of equation 1; section 3.1, algorithm: confidence
+    cross_entropy       equation 2, labeled term of equation 1
+    complexmix_loss     equation 3, unlabeled term of equation 1
 
-No code was published, so this file is the reference where the paper is silent or unclear.
+    choice             paper                 here                             flag
+    half of which      all C (section 3.1),  all C: most small blocks have    --classes present
+      classes          those in the block    one class, half of it is none
+    half of odd C      C/2                   floor(C/2)
+    p                  "each iteration"      one for a batch, uniform         --blocks 4 16
+    confidence         "sufficiently high"   lambda: share of such pixels     --weighting pixel
+    warm-up            "initial training"    1000 of the 40000 steps          --warmup
+    teacher            -                     0.99, from the warm-up's end     --ema-decay
+    1/N (eq. 2, 3)     labeled examples      mean over images and pixels
 
-    choice            paper                       here                           flag
-    half of which     all C classes (3.1), or     all C (1)                      --classes present
-      classes         those in the block (1)
-    half of odd C     C/2                         floor(C/2)
-    p                 "for each iteration"        one for a batch, uniform       --blocks 4 16
-    size of blocks    equal                       may differ by one pixel; p is
-                                                  at most the shorter side
-    confidence        "sufficiently high"         weight by the share of         --weighting pixel
-                                                  confident pixels, as ClassMix  --weight-scope
-    lambda            -                           that share times 1             --unlabeled-weight
-    warm-up           "initial training"          1000 of the 40000 steps        --warmup
-    teacher           -                           0.99, from a copy of the       --ema-decay
-                                                  student after the warm-up
-    labeled images    -                           others in each of five runs    --split-seed
-    initial weights   -                           ImageNet                       --weights FILE
-    momentum          0.9                         without Nesterov               --nesterov
-    schedule          polynomial                  power 0.9                      --lr-power
-    classifiers       -                           10 times the learning rate     --head-factor
-    unlabeled images  -                           without the labeled ones       --unlabeled all
-    1/N of eq. 2, 3   N labeled examples          mean over images and pixels
-    pairs             two random images           each image and the next one
-    evaluated         -                           student and teacher
-
-(1) With many blocks, most blocks hold one class. Half of one class is none, so almost nothing would
-be mixed. What is not listed is as in classmix.py.
+No code was published. What is not in the table is as in classmix.py.
 
     python complexmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
-The paper reports 62.25 +- 1.22% mIoU for that over five runs (1/30: 53.88, 1/4: 64.07, 1/2: 66.77).
+The paper has 62.25 +- 1.22% for that (five runs; 1/30: 53.88, 1/4: 64.07, 1/2: 66.77).
 Measured on streets with 32 labels: 55.9% mIoU, supervised 51.5% (3 seeds; README.md, results/).
 """
 
@@ -61,30 +44,29 @@ from common.flags import Count, Positive, Share
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of sections 3.2 and 4. Parentheses name another source; "silent": not in the paper."""
+    """Numbers of sections 3.2 and 4 for Cityscapes, or as noted; "code" is that of ClassMix."""
 
     size: tuple[Count, Count] | None = (512, 1024)  # height and width of resized images, pixels
-    crop: tuple[Count, Count] | None = None  # height and width of random crops, pixels (silent)
+    crop: tuple[Count, Count] | None = None  # height and width of random crops, pixels
     scale_range: tuple[Positive, Positive] = (1.0, 1.0)  # random scale before the crop
     flip: bool = False  # mirror images at random
     batch_size: Count = 2  # labeled images in a step, and as many unlabeled ones
-    unlabeled: Literal["rest", "all"] = "rest"  # unlabeled images: the rest, or all (silent)
     iterations: Count = 40_000  # training steps
-    warmup: int = 1_000  # first steps, on labeled images only (3.1; silent)
-    optimizer: Literal["sgd", "adam"] = "sgd"  # SGD in the paper
+    warmup: int = 1_000  # first steps, on labeled images only (3.1; length ours)
+    optimizer: Literal["sgd", "adam"] = "sgd"  # the paper's is SGD
     lr: float = 2.5e-4  # learning rate of the backbone
-    head_factor: float = 10.0  # the classifiers' learning rate, as a multiple of lr (silent)
+    head_factor: float = 10.0  # the classifiers' learning rate, as a multiple of lr (code)
     lr_power: float = 0.9  # lr is multiplied by (1 - iteration / iterations) ** lr_power
     momentum: Share = 0.9  # momentum of SGD
-    nesterov: bool = False  # use Nesterov momentum (silent)
+    nesterov: bool = False  # use Nesterov momentum with SGD
     weight_decay: float = 5e-4  # weight decay of all trained parameters
-    ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (silent)
+    ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
+    weight_scope: Literal["batch", "sample"] = "batch"  # where the share in lambda is taken
     blocks: tuple[Count, ...] = (4, 16, 64, 128)  # choices of p, the number of blocks a side (3.1)
     classes: Literal["all", "present"] = "all"  # half of all, or of those in the block (3.1)
-    weighting: Literal["fraction", "pixel"] = "fraction"  # lambda (silent)
-    weight_scope: Literal["batch", "sample"] = "batch"  # fraction of a batch, or an image (silent)
-    unlabeled_weight: float = 1.0  # factor of lambda (silent)
-    confidence_threshold: Share = 0.968  # tau, the least confidence that counts (silent)
+    weighting: Literal["fraction", "pixel"] = "fraction"  # lambda (code)
+    unlabeled_weight: float = 1.0  # factor of lambda (ours)
+    confidence_threshold: Share = 0.968  # tau, the least confidence that counts
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
     width: Count = 64  # channels of the first convolution
     aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers
@@ -93,7 +75,7 @@ class Recipe:
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
 SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
 ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
-# The paper has cityscapes. The others have the numbers of classmix.py, but for the warm-up.
+# Data sets that the paper does not have take the numbers of the one they resemble most.
 RECIPES = {
     "cityscapes": Recipe(),
     "voc": VOC,
@@ -120,42 +102,35 @@ def draw_blocks(blocks: tuple[int, ...], seed: int, iteration: int) -> int:
 
 
 def complex_mask(
-    pseudo_label: Tensor,
-    num_classes: int,
-    blocks: int,
-    *,
-    classes: str = "all",
-    scores=None,
-    generator=None,
+    pseudo_label, num_classes: int, blocks: int, *, classes="all", scores=None, generator=None
 ) -> Tensor:
     """Pixels of a random half of the classes, drawn anew in each of p x p blocks (section 3.1).
 
     (B,H,W) int64 -> (B,H,W) bool. p = min(blocks, H, W). Pixel (i, j) is in the block of row
-    floor(i p / H) and column floor(j p / W). Of the n classes "all" (K), or "present" in a block,
-    it chooses the floor(n/2) with the lowest scores. scores (B,p*p,K) are uniform noise unless
-    given. Ids outside 0..K-1 are never chosen.
+    floor(i p / H) and column floor(j p / W). Of n classes there, the floor(n/2) with the lowest
+    scores are chosen; n counts "all" K classes, or those "present". scores (B,p*p,K) are uniform
+    noise unless given. Ids outside 0..K-1 are never chosen.
     """
     if classes not in ("all", "present"):
         raise ValueError(f"classes must be 'all' or 'present', not {classes!r}")
-    batch, height, width = pseudo_label.shape
-    p, device = min(blocks, height, width), pseudo_label.device
+    (batch, height, width), device = pseudo_label.shape, pseudo_label.device
+    p = min(blocks, height, width)
     if scores is None:
         scores = torch.rand(batch, p * p, num_classes, generator=generator, device=device)
-    row = torch.arange(height, device=device) * p // height
+    row = torch.arange(height, device=device).view(-1, 1) * p // height
     column = torch.arange(width, device=device) * p // width
-    block = row[:, None] * p + column
     in_range = (pseudo_label >= 0) & (pseudo_label < num_classes)
     label = torch.where(in_range, pseudo_label, num_classes)  # K: out of range
+    index = ((row * p + column) * (num_classes + 1) + label).flatten(1)
     table = torch.zeros(batch, p * p, num_classes + 1, dtype=torch.bool, device=device)
-    index = (block * (num_classes + 1) + label).flatten(1)  # each pixel's place in the table
-    n = num_classes
-    if classes == "present":
-        present = table.flatten(1).scatter(1, index, True).view_as(table)[..., :num_classes]
-        scores = scores.masked_fill(~present, torch.inf)
-        n = present.sum(2, keepdim=True)
-    order = scores.expand(batch, p * p, num_classes).argsort(2)
+    present = table.flatten(1).scatter(1, index, True).view_as(table)[..., :num_classes]
+    if classes == "all":
+        present = torch.ones_like(present)
+    scores = scores.masked_fill(~present, torch.inf)
+    n = present.sum(-1, keepdim=True)
+    order = scores.argsort(-1)
     lowest = (torch.arange(num_classes, device=device) < n // 2).expand_as(order)
-    chosen = table.scatter(2, order, lowest)
+    chosen = table.scatter(-1, order, lowest)
     return chosen.flatten(1).gather(1, index).view_as(pseudo_label)
 
 
@@ -164,18 +139,16 @@ def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(mask if a.dim() == mask.dim() else mask.unsqueeze(1), a, b)
 
 
-def unlabeled_weight(
-    confidence: Tensor, threshold: float, *, weighting: str, scope: str, factor: float
-) -> Tensor:
+def unlabeled_weight(confidence: Tensor, threshold: float, weighting: str, scope: str, factor=1.0):
     """lambda (equation 1): (B,H,W) confidence of mixed images -> (B,H,W), (B,1,1) or (1,1,1).
 
     "fraction": the share of confident pixels in the "batch" or in each "sample"; "pixel": 1 for a
-    confident pixel, else 0. Both are multiplied by factor.
+    confident pixel, else 0; all multiplied by factor.
     """
-    confident = factor * (confidence >= threshold).float()
+    confident = (confidence >= threshold).float()
     if weighting == "pixel":
-        return confident
-    return confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
+        return factor * confident
+    return factor * confident.mean((1, 2) if scope == "sample" else (0, 1, 2), keepdim=True)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
@@ -201,18 +174,16 @@ def complexmix_loss(
     """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
     Each image is pasted onto the next one of the batch, and the last onto the first. make_mask
-    turns pseudo-labels (B,H,W) into masks.
+    turns pseudo-labels (B,H,W) into masks. Section 3.1: prob g(u), pseudo_label y, mask M.
     """
     with torch.no_grad():
-        prob = teacher(image).float().softmax(1)  # g(u_a), g(u_b)
-        confidence, pseudo_label = prob.max(1)  # y_a, y_b
-        mask = make_mask(pseudo_label)  # M
+        prob = teacher(image).float().softmax(1)
+        confidence, pseudo_label = prob.max(1)
+        mask = make_mask(pseudo_label)
         image_mix = mix(mask, image, image.roll(-1, 0))  # u_ab = M * u_a + (1 - M) * u_b
         label_mix = mix(mask, pseudo_label, pseudo_label.roll(-1, 0))  # y_ab
         confidence_mix = mix(mask, confidence, confidence.roll(-1, 0))
-        weight = unlabeled_weight(
-            confidence_mix, threshold, weighting=weighting, scope=scope, factor=factor
-        )
+        weight = unlabeled_weight(confidence_mix, threshold, weighting, scope, factor)
     logits = student(image_mix)
     loss = (weight * F.cross_entropy(logits, label_mix, reduction="none")).mean()  # equation 3
     details = {"pseudo_label": pseudo_label, "mask": mask, "mixed_image": image_mix}
@@ -224,18 +195,12 @@ def complexmix_loss(
 
 def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> DeepLabV2:
     """Builds the paper's network. Pretrained batch-norm weights and biases stay as they are."""
-    return DeepLabV2(
-        num_classes,
-        layers=recipe.layers,
-        width=recipe.width,
-        rates=recipe.aspp_rates,
-        batch_norm="batch",
-        train_affine=not pretrained,
-    )
+    shape = {"layers": recipe.layers, "width": recipe.width, "rates": recipe.aspp_rates}
+    return DeepLabV2(num_classes, **shape, batch_norm="batch", train_affine=not pretrained)
 
 
 def make_optimizer(recipe: Recipe, student: nn.Module):
-    """Returns the optimizer and the schedule of its learning rate (section 3.2)."""
+    """Returns the optimizer and the schedule of its learning rate."""
     groups = student.parameter_groups(recipe.lr, recipe.head_factor)
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
@@ -265,8 +230,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     """
     check(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
-    options = {"batch_size": recipe.batch_size, "unlabeled": recipe.unlabeled}
-    labeled, unlabeled = select(data.train, args, **options)
+    labeled, unlabeled = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, pretrained=args.weights != "none").to(args.device)
     if args.checkpoint is None:
@@ -286,6 +250,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     for iteration in range(start, recipe.iterations):
         mixing = not args.supervised and iteration >= recipe.warmup
         p = draw_blocks(recipe.blocks, args.seed, iteration)
+        make_mask = partial(complex_mask, num_classes=data.num_classes, blocks=p)
         for micro_batch in session.micro_batches:  # their gradients add up
             image_l, label_l = next(batches_l)
             logits_l = student(image_l)
@@ -296,14 +261,13 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             if not mixing:
                 continue
             image_u, _ = next(batches_u)
-            seed = run.step_seed(args.seed, iteration, micro_batch, "mask")
-            generator = torch.Generator(args.device).manual_seed(seed)
-            draw = {"classes": recipe.classes, "generator": generator}
+            seed = partial(run.step_seed, args.seed, iteration, micro_batch)
+            generator = torch.Generator(args.device).manual_seed(seed("mask"))
             loss_u, details = complexmix_loss(
                 student,
                 teacher,
                 image_u,
-                make_mask=partial(complex_mask, num_classes=data.num_classes, blocks=p, **draw),
+                make_mask=partial(make_mask, classes=recipe.classes, generator=generator),
                 threshold=recipe.confidence_threshold,
                 weighting=recipe.weighting,
                 scope=recipe.weight_scope,

@@ -1,9 +1,9 @@
 """The method of c3semiseg.py against naive loops, closed forms and the laws of its random parts."""
 
+import copy
 import itertools
-import json
 import math
-import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import read_log, read_state, stopping_train, tiny
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.testing import assert_close
@@ -27,16 +28,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def rand(*shape, seed=0):
-    return torch.rand(shape, generator=generator(seed))
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed))
-
-
-def randint(high, *shape, seed=0):
-    return torch.randint(high, shape, generator=generator(seed))
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
 
 
 # ---- Cross-set CutMix (equation 4) ----
@@ -44,8 +38,8 @@ def randint(high, *shape, seed=0):
 
 @pytest.mark.parametrize("size", [(256, 512), (64, 128)])
 def test_box_is_one_rectangle_of_half_the_area(size):
-    box = c3semiseg.box_mask(200, size, generator=generator())
-    assert box.dtype == torch.bool and box.shape == (200, *size)
+    box, again = (c3semiseg.box_mask(200, size, generator=generator()) for _ in range(2))
+    assert box.dtype == torch.bool and box.shape == (200, *size) and torch.equal(box, again)
     rows, columns = box.any(2), box.any(1)
     assert torch.equal(box, rows[:, :, None] & columns[:, None, :])
     for side, length in ((rows, size[0]), (columns, size[1])):
@@ -54,18 +48,15 @@ def test_box_is_one_rectangle_of_half_the_area(size):
         assert 0.5 <= share.min() < 0.53 and 0.97 < share.max() <= 1
     tolerance = 0.003 if size == (256, 512) else 0.01
     assert (box.double().mean((1, 2)) - 0.5).abs().max() < tolerance
-    assert box[:, size[0] // 2, size[1] // 2].all()  # the centre
-    assert torch.equal(box, c3semiseg.box_mask(200, size, generator=generator()))
 
 
 def test_box_heights_are_log_uniform_and_places_uniform():
-    box = c3semiseg.box_mask(4000, (64, 64), generator=generator())
+    box = c3semiseg.box_mask(4000, (64, 64))
     height = box.any(2).sum(1)
     assert abs((height <= 64 * 0.5**0.5).float().mean() - 0.5) < 0.04
     half = box[(height > 40) & (height < 56)]
-    top = half.any(2).long().argmax(1) / (64 - half.any(2).sum(1))
+    top, left = (half.any(d).long().argmax(1) / (64 - half.any(d).sum(1)) for d in (2, 1))
     assert abs(top.mean() - 0.5) < 0.03 and (top == 0).any() and (top == 1).any()
-    left = half.any(1).long().argmax(1) / (64 - half.any(1).sum(1))
     assert abs(torch.stack([top, left]).corrcoef()[0, 1]) < 0.08
 
 
@@ -81,8 +72,8 @@ def test_cut_mix_by_hand():
 @pytest.mark.parametrize("mixing", ["cross", "intra", "none"])
 @pytest.mark.parametrize("n", [1, 3, 4])
 def test_cut_mix_undoes_itself_and_keeps_every_pixel(mixing, n):
-    batch = randint(256, 2 * n, 3, 8, 16).float()
-    order, box = c3semiseg.draw_pairs(mixing, n, (8, 16), generator=generator(1))
+    batch = torch.randint(256, (2 * n, 3, 8, 16)).float()
+    order, box = c3semiseg.draw_pairs(mixing, n, (8, 16))
     shuffled = batch[order]
     mixed = c3semiseg.cut_mix(box, shuffled)
     assert torch.equal(sum(mixed.chunk(2)), sum(shuffled.chunk(2)))
@@ -93,14 +84,14 @@ def test_cut_mix_undoes_itself_and_keeps_every_pixel(mixing, n):
     assert_close(undone, pixelwise(batch))
 
 
-def pairs(mixing, n, seed=0):
-    order, _ = c3semiseg.draw_pairs(mixing, n, (4, 4), generator=generator(seed))
+def pairs(mixing, n):
+    order, _ = c3semiseg.draw_pairs(mixing, n, (4, 4))
     return list(zip(*order.view(2, n).tolist(), strict=True))
 
 
 def test_pairs_of_both_sets_or_of_one():
     """Random partners: 4 of the 7 other images are in the other set."""
-    crossing = [(a < 4) != (b < 4) for seed in range(1000) for a, b in pairs("cross", 4, seed)]
+    crossing = [(a < 4) != (b < 4) for _ in range(1000) for a, b in pairs("cross", 4)]
     assert abs(sum(crossing) / 4000 - 4 / 7) < 0.03
     assert all((a < 4) == (b < 4) for a, b in pairs("intra", 4))
     assert sum((a < 3) != (b < 3) for a, b in pairs("intra", 3)) == 1
@@ -118,7 +109,7 @@ def view(name, jitter=0.0, hue=0.0, **changes):
 
 
 def test_views_that_change_nothing_are_bit_exact():
-    image = randint(256, 3, 3, 16, 24).float() / 255
+    image = torch.randint(256, (3, 3, 16, 24)).float() / 255
     assert torch.equal(view("weak", 0.5, 0.25)(3, image), image)
     assert torch.equal(view("jitter")(3, image), image)
     assert torch.equal(view("strong", operation_probability=0.0)(3, image), image)
@@ -126,13 +117,13 @@ def test_views_that_change_nothing_are_bit_exact():
 
 def test_strong_view_changes_only_colours():
     """An image of one colour keeps one, and a mirrored image gives the mirrored result."""
-    color = (randint(256, 8, 3, 1, 1) / 255).expand(-1, -1, 12, 20)
+    color = (torch.randint(256, (8, 3, 1, 1)) / 255).expand(-1, -1, 12, 20)
     strong = view("strong", 0.5, 0.25)
     for seed in range(6):
         changed = strong(seed, color)
         assert changed.shape == color.shape and changed.min() >= 0 and changed.max() <= 1
         assert torch.equal(changed, changed[:, :, :1, :1].expand_as(changed))
-    image, state = randint(256, 8, 3, 12, 20) / 255, torch.get_rng_state()
+    image, state = torch.randint(256, (8, 3, 12, 20)) / 255, torch.get_rng_state()
     changed = strong(1, image)
     assert torch.equal(strong(1, image.flip(-1)), changed.flip(-1))
     assert torch.equal(strong(1, image), changed) and not torch.equal(strong(2, image), changed)
@@ -140,7 +131,7 @@ def test_strong_view_changes_only_colours():
 
 
 def test_each_image_draws_its_own_operations():
-    image = (randint(256, 1, 3, 12, 20) / 255).expand(24, -1, -1, -1)
+    image = (torch.randint(256, (1, 3, 12, 20)) / 255).expand(24, -1, -1, -1)
     changed = view("strong", operation_probability=0.5)(0, image)
     same = (changed == image).flatten(1).all(1)
     assert 1 <= same.sum() <= 16 and len(changed.unique(dim=0)) > 6
@@ -148,7 +139,6 @@ def test_each_image_draws_its_own_operations():
 
 def test_laws_of_the_drawn_operations():
     """P(none) = 1/4, one on average; half have magnitude 10, their mean is 9.80; uniform names."""
-    torch.manual_seed(0)
     drawn = [c3semiseg.draw_operations(CITYSCAPES) for _ in range(8000)]
     counts = [len(image) for image in drawn]
     assert counts.count(0) / len(drawn) == pytest.approx(0.25, abs=0.02)
@@ -175,9 +165,6 @@ def test_operations_by_hand():
     assert values("solarize", 1.0) == image[0, 0, 0].tolist()
     assert values("solarize", 0.5) == [0, 100, 127, 127, 55, 0]
     assert values("solarize-add", 1.0) == [110, 210, 237, 128, 200, 255]
-    assert values("brightness", 1.0)[:3] == [0, 190, 241]
-    assert values("color", 1.0) == image[0, 0, 0].tolist()  # grey stays
-    assert values("auto-contrast", 0) == image[0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("r", [0.6, 1.0])
@@ -198,25 +185,20 @@ def test_operations_equal_pillow_s(r):
 
 
 def test_the_jitter_view_changes_every_property():
-    image = torch.from_numpy(np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32))
-    hue, jitter = view("jitter", hue=0.25), view("jitter", 0.5)
+    """Brightness scales, contrast moves to the mean, saturation moves to the grey."""
+    image, hue, jitter = torch.rand(2, 3, 8, 8), view("jitter", hue=0.25), view("jitter", 0.5)
     assert_close(hue(3, image).amax(1), image.amax(1), atol=0.02, rtol=0)  # same value
     assert (hue(3, image) - image).abs().amax((1, 2, 3)).min() > 0.1
     assert (jitter(3, image).amax(1) - image.amax(1)).abs().amax((1, 2)).min() > 0.02
-    same = image[:1].expand(40, -1, -1, -1)
-    assert len(jitter(3, same).unique(dim=0)) == 40  # each image draws anew
-    # Brightness scales, contrast moves to the mean, saturation to the grey.
-    dark = torch.full((40, 3, 8, 8), 0.2)  # grey images of one value: only brightness matters
+    dark = torch.full((40, 3, 8, 8), 0.2)
     brightness = jitter(3, dark)[:, 0, 0, 0] / 0.2
-    grey = dark.clone()
-    grey[..., 4:] = 0.6  # contrast matters, too
-    spread = jitter(3, grey)[:, 0, 0, [0, 7]].diff()[:, 0] / 0.4
-    contrast = spread / brightness
-    assert contrast.min() < 0.75 and contrast.max() > 1.25
-    red = dark.clone()
-    red[:, 0] = 0.4
+    assert len(brightness.unique()) > 20  # each image draws anew
+    gray, red = dark.clone(), dark.clone()
+    gray[..., 4:], red[:, 0] = 0.6, 0.4
+    spread = jitter(3, gray)[:, 0, 0, [0, 7]].diff()[:, 0] / 0.4
     saturation = jitter(3, red)[:, [0, 1], 0, 0].diff()[:, 0] / -0.2 / spread
-    assert saturation.min() < 0.75 and saturation.max() > 1.25
+    for factor in (brightness, spread / brightness, saturation):
+        assert factor.min() < 0.75 and factor.max() > 1.25
 
 
 @pytest.mark.parametrize("size", [(60, 120), (120, 60)])
@@ -234,15 +216,11 @@ def test_rotation_leaves_void_where_it_fills(size):
     assert len({round(share, 4) for share in shares}) <= 21 and min(shares) == 0
     assert sum(shares) / 120 == pytest.approx(0.052, abs=0.012)
     assert 0.085 < max(shares) < 0.11
-
-
-def test_the_crop_comes_after_the_rotation():
-    """A crop of half the size misses the corners more often than not."""
-    how = {"rotation": 10, "crop": (40, 80), "flip": True, "mean": torch.zeros(3, 1, 1)}
-    image, label = torch.full((3, 80, 160), 255, dtype=torch.uint8), torch.zeros(80, 160).byte()
-    voids = [scale_crop_flip(**how)(seed, image, label)[1] == 255 for seed in range(120)]
-    assert voids[0].shape == (40, 80)
-    assert 40 < sum(not void.any() for void in voids) < 120
+    # A crop that comes afterwards misses the corners more often than not.
+    crop = (size[0] // 2, size[1] // 2)
+    geometry = scale_crop_flip(rotation=10, crop=crop, flip=True, mean=torch.zeros(3, 1, 1))
+    voids = [geometry(seed, image, label)[1] == 255 for seed in range(120)]
+    assert voids[0].shape == crop and 40 < sum(not void.any() for void in voids) < 120
 
 
 def test_image_and_label_turn_alike():
@@ -280,69 +258,43 @@ def test_supervised_loss_by_hand():
     assert void == 0 and torch.autograd.grad(void, logits)[0].eq(0).all()
 
 
-def test_consistency_loss_values():
-    """The entropy over K where student and teacher agree; ln 19 / 19 for uniform ones."""
-    z, everywhere = randn(2, 19, 4, 5).requires_grad_(), torch.ones(2, 4, 5).bool()
-    prob = z.detach().softmax(1)
-    loss = c3semiseg.consistency_loss(z, prob, everywhere)
-    assert_close(loss, -(prob * prob.log()).sum(1).mean() / 19)
-    assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-8
-    flat = torch.full((2, 19, 4, 5), 1 / 19)
-    value = c3semiseg.consistency_loss(torch.zeros(2, 19, 4, 5), flat, everywhere).item()
-    assert value == pytest.approx(0.15497, abs=1e-5)
-    assert 50 * value == pytest.approx(7.748, abs=1e-3)
+def test_consistency_loss_of_uniform_probabilities_is_ln_k_over_k():
+    flat, kept = torch.full((2, 19, 4, 5), 1 / 19), torch.ones(2, 4, 5).bool()
+    loss = c3semiseg.consistency_loss(torch.zeros(2, 19, 4, 5), flat, kept)
+    assert loss.item() == pytest.approx(0.15497, abs=1e-5)
+    assert c3semiseg.consistency_loss(flat, flat, ~kept) == 0
 
 
 def test_consistency_gradient():
     """mask (softmax z - p) / (19 #kept), exactly 0 elsewhere."""
-    z, prob = randn(3, 19, 4, 5).requires_grad_(), (2 * randn(3, 19, 4, 5, seed=1)).softmax(1)
-    mask = rand(3, 4, 5, seed=2) < 0.4
+    z, prob = torch.randn(3, 19, 4, 5).requires_grad_(), (2 * torch.randn(3, 19, 4, 5)).softmax(1)
+    mask = torch.rand(3, 4, 5) < 0.4
     mask[2] = False
     (gradient,) = torch.autograd.grad(c3semiseg.consistency_loss(z, prob, mask), z)
     assert_close(gradient, mask[:, None] * (z.softmax(1) - prob) / (19 * mask.sum()))
     assert gradient.movedim(1, 3)[~mask].eq(0).all()
 
 
-def test_consistency_counts_only_kept_pixels():
-    """More masked pixels, same value; keep = 1 masks nothing; no kept pixel: 0."""
-    z, prob = randn(2, 5, 4, 6), (2 * randn(2, 5, 4, 6, seed=1)).softmax(1)
-    left = torch.zeros(2, 4, 6).bool()
-    left[:, :, :3] = True
-    half = c3semiseg.consistency_loss(z[..., :3], prob[..., :3], left[..., :3])
-    assert_close(c3semiseg.consistency_loss(z, prob, left), half)
-    everything = c3semiseg.ConfidentRegions(5, keep=1.0).update(*prob.max(1))
-    assert everything.all() and everything.dtype == torch.bool
-    assert c3semiseg.consistency_loss(z, prob, ~everything) == 0
-
-
 # ---- Pixel contrast (equations 3 and 5) ----
 
 
-def contrast(f, label, g=None, **how):
-    return c3semiseg.pixel_contrast_loss(f, label, f if g is None else g, label, TAU, **how)
-
-
 def naive_contrast(f, f_label, g, g_label, tau, exclude_self):
-    f, g = F.normalize(f, dim=1), F.normalize(g, dim=1)
-    total, anchors = torch.zeros(()), 0
-    for i in range(len(f)):
-        if f_label[i] == 255:
-            continue
-        anchors += 1
-        s = (f[i] @ g.T / tau).exp()
-        same = [
-            j for j in range(len(g)) if g_label[j] == f_label[i] and (j != i or not exclude_self)
-        ]
-        other = sum((s[k] for k in range(len(g)) if g_label[k] not in (f_label[i], 255)), 0 * s[0])
-        if same:
-            total = total - sum(torch.log(s[j] / (s[j] + other)) for j in same) / len(same)
-    return total / max(anchors, 1)
+    s = (F.normalize(f, dim=1) @ F.normalize(g, dim=1).T / tau).exp()
+    losses = []
+    for i in (f_label != 255).nonzero().flatten():
+        other = s[i, (g_label != f_label[i]) & (g_label != 255)].sum()
+        equal = g_label == f_label[i]
+        if exclude_self:
+            equal[i] = False
+        same = s[i, equal]
+        losses.append(-torch.log(same / (same + other)).sum() / max(len(same), 1))
+    return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_contrast_equals_naive_loop(exclude_self):
-    f, g = randn(14, 6), randn(14 if exclude_self else 9, 6, seed=1)
-    f_label, g_label = randint(3, 14, seed=2), randint(3, len(g), seed=3)
+    f, g = torch.randn(14, 6), torch.randn(14 if exclude_self else 9, 6)
+    f_label, g_label = torch.randint(3, (14,)), torch.randint(3, (len(g),))
     f_label[[0, 5]], g_label[[2, 5]] = 255, 255
     results = []
     for function in (c3semiseg.pixel_contrast_loss, naive_contrast):
@@ -354,69 +306,39 @@ def test_contrast_equals_naive_loop(exclude_self):
 
 
 @pytest.mark.parametrize(
-    ("vectors", "c", "expected"),
+    ("vectors", "each", "expected"),
     [
-        (torch.eye(5), 480, 0.71516),  # orthogonal clusters: ln(1 + c exp(-1 / tau))
-        (torch.eye(5), 2720, 2.24325),
-        (torch.ones(5, 8), 480, 9.26380),  # a collapsed embedding: ln(1 + c)
-        (torch.ones(5, 8), 2720, 11.86313),
+        (torch.eye(5), 120, 0.71516 / 1.5),  # orthogonal clusters: ln(1 + 480 exp(-1 / tau))
+        (torch.ones(5, 8), 120, 9.26380 / 1.5),  # a collapsed embedding: ln(1 + 480)
+        (torch.tensor([[1.0, 0], [-1, 0]]), 60, math.log(1 + 60 * math.exp(-2 / TAU))),
+        (torch.ones(1, 3), 30, 0),  # one class
+        (torch.full((3, 2), -1.0), 1, math.log(1 + 2)),  # no positives but the anchor itself
     ],
 )
-def test_contrast_of_clusters(vectors, c, expected):
-    """The published loss has a factor of 1.5 = tau / 0.1 before it; c is the negatives' number."""
-    label = torch.arange(5).repeat_interleave(c // 4)
-    for exclude_self in (False, True):
-        value = contrast(vectors[label], label, exclude_self=exclude_self).item()
-        assert 1.5 * value == pytest.approx(expected, abs=1e-4)
-
-
-def test_contrast_of_one_class_or_none_is_0():
-    for label in (torch.full((30,), 2), torch.full((30,), 255)):
-        f = randn(30, 8).requires_grad_()
-        loss = contrast(f, label, exclude_self=True)
-        assert loss == 0 and torch.autograd.grad(loss, f)[0].eq(0).all()  # not NaN
-
-
-def test_contrast_of_antipodal_and_random_vectors():
-    label = torch.arange(2).repeat_interleave(60)
-    value = contrast(torch.tensor([[1.0, 0], [-1, 0]])[label], label).item()
-    assert value == pytest.approx(math.log(1 + 60 * math.exp(-2 / TAU)), rel=1e-3)
-    label = torch.arange(10).repeat_interleave(80)
-    value = contrast(randn(800, 256), label, exclude_self=True).item()
-    assert value == pytest.approx(math.log(720) + 1 / (2 * 256 * TAU**2), abs=0.02)
-
-
-def test_bounds_of_the_contrast():
-    """Between 0 and ln(1 + c e^(2/tau))."""
-    loss = contrast(randn(40, 3), torch.arange(4).repeat_interleave(10), exclude_self=True)
-    assert 0 <= loss <= math.log(1 + 30 * math.exp(2 / TAU))
-    # every anchor lies on its negatives
-    f, label = torch.eye(2)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])
-    worst = contrast(f, label, g=f.flip(0)).item()
-    assert worst == pytest.approx(math.log(1 + 2 * math.exp(1 / TAU)), rel=1e-4)
-
-
-def test_symmetries_of_the_contrast():
-    """Scale, joint rotation and order do not matter."""
-    f, g, label = randn(30, 6), randn(30, 6, seed=1), randint(3, 30)
-    turn, order = torch.linalg.qr(randn(6, 6, seed=2)).Q, torch.randperm(30, generator=generator(3))
-    loss = partial(contrast, exclude_self=True)
-    scaled = loss(f * (1 + rand(30, 1)), label, 7 * g)
-    turned, moved = loss(f @ turn, label, g @ turn), loss(f[order], label[order], g[order])
-    assert_close(torch.stack([scaled, turned, moved]), loss(f, label, g).expand(3))
+def test_contrast_of_clusters(vectors, each, expected):
+    """The published loss has a factor of tau / 0.1 = 1.5 before it."""
+    label = torch.arange(len(vectors)).repeat_interleave(each)
+    f = vectors[label].requires_grad_()
+    loss = c3semiseg.pixel_contrast_loss(f, label, f, label, TAU)
+    assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    void = c3semiseg.pixel_contrast_loss(f, torch.full_like(label, 255), f, label)
+    assert void == 0
+    for value in (loss, void):
+        assert torch.autograd.grad(value, f)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("per_class", [20, 7, 1])
 def test_sample_pixels(hard, per_class):
     """Against counts by hand, over many random maps with rare, absent and void classes."""
-    batch, num_classes, size = 6, 5, (9, 16)
-    for seed in range(8):
-        label = randint(9, batch, *size, seed=seed)
+    batch, num_classes, size, half = 6, 5, (9, 16), per_class // 2
+    for _ in range(8):
+        label = torch.randint(9, (batch, *size))
         label = torch.where(label < 5, label, torch.where(label < 7, 0, 255))
         label[:, 0, :3], label[1] = 4, 3  # image 1 has one class
-        wrong = rand(batch, *size, seed=seed + 50) < torch.linspace(0, 1, batch).view(-1, 1, 1)
+        wrong = torch.rand(batch, *size) < torch.linspace(0, 1, batch).view(-1, 1, 1)
         prediction = torch.where(wrong, (label + 1) % 5, label.clamp(max=4))
+        wrong = (prediction != label).flatten()
         index, drawn = c3semiseg.sample_pixels(
             label, prediction, per_class, num_classes=num_classes, hard=hard, generator=generator()
         )
@@ -424,36 +346,30 @@ def test_sample_pixels(hard, per_class):
         assert index.shape == drawn.shape == (batch * num_classes * per_class,)
         index, drawn = (x.view(batch, num_classes, per_class) for x in (index, drawn))
         for b, c in itertools.product(range(batch), range(num_classes)):
-            of_class = (label[b] == c).flatten()
-            wrong = (prediction[b] != label[b]).flatten()
-            n_wrong = (of_class & wrong).sum().item()
+            of_class = torch.zeros_like(label).bool()
+            of_class[b] = label[b] == c
+            n_wrong = (of_class.flatten() & wrong).sum().item()
             n_right = of_class.sum().item() - n_wrong
             if n_wrong + n_right <= per_class:
                 assert drawn[b, c].eq(255).all()
                 continue
-            assert drawn[b, c].eq(c).all()
-            place = index[b, c] - b * 9 * 16
-            assert len(set(place.tolist())) == per_class and of_class[place].all()
-            half = per_class // 2
-            if hard and n_wrong >= half and n_right >= per_class - half:
-                assert wrong[place].sum() == half
-            elif hard:
-                assert wrong[place].sum() == (n_wrong if n_wrong < half else per_class - n_right)
+            assert drawn[b, c].eq(c).all() and of_class.flatten()[index[b, c]].all()
+            assert len(set(index[b, c].tolist())) == per_class
+            n_hard = half if n_right >= per_class - half else per_class - n_right
+            if hard:
+                assert wrong[index[b, c]].sum() == min(n_hard, n_wrong)
 
 
 def test_sampling_is_uniform_within_the_pools():
     label = torch.zeros(1, 6, 10).long()
     prediction = (torch.arange(60).view(1, 6, 10) < 24).long()  # 24 hard, 36 easy
-    rng, counts = generator(), {True: torch.zeros(60), False: torch.zeros(60)}
-    for hard, total in counts.items():
+    for hard, shares in ((True, (4 / 24, 4 / 36)), (False, (8 / 60, 8 / 60))):
+        count = torch.zeros(60)
         for _ in range(600):
-            index, drawn = c3semiseg.sample_pixels(
-                label, prediction, 8, num_classes=2, hard=hard, generator=rng
-            )
-            total[index[drawn == 0]] += 1
-    assert (counts[True][:24] / 600 - 4 / 24).abs().max() < 0.07
-    assert (counts[True][24:] / 600 - 4 / 36).abs().max() < 0.06
-    assert (counts[False] / 600 - 8 / 60).abs().max() < 0.06
+            index, drawn = c3semiseg.sample_pixels(label, prediction, 8, num_classes=2, hard=hard)
+            count[index[drawn == 0]] += 1
+        expected = torch.where(prediction.flatten() == 1, *shares)
+        assert (count / 600 - expected).abs().max() < 0.065
 
 
 def test_an_image_with_fewer_pixels_than_a_sample():
@@ -469,8 +385,8 @@ def test_projection_head():
         assert convolution.weight.std().item() == pytest.approx(0.01, rel=0.05)
     head = c3semiseg.ProjectionHead(6, 8)
     for parameter in head.parameters():
-        parameter.data = randn(*parameter.shape)
-    features, box = randn(4, 6, 4, 5), rand(2, 4, 5) < 0.5
+        parameter.data = torch.randn(*parameter.shape)
+    features, box = torch.randn(4, 6, 4, 5), torch.rand(2, 4, 5) < 0.5
     out = head(features)
     assert out.shape == (4, 8, 4, 5) and out.dtype == torch.float32
     assert_close(out.norm(dim=1), torch.ones(4, 4, 5))
@@ -482,28 +398,27 @@ def test_projection_head():
 
 def naive_thresholds(thresholds, confidence, pseudo_label, keep, momentum):
     new = thresholds.tolist()
-    for c in range(len(new)):
+    for c in pseudo_label.unique().tolist():
         found = sorted(confidence[pseudo_label == c].tolist(), reverse=True)
-        if found:
-            delta = found[min(int(keep * len(found)), len(found) - 1)]
-            new[c] = momentum * new[c] + (1 - momentum) * delta
+        delta = found[min(int(keep * len(found)), len(found) - 1)]
+        new[c] = momentum * new[c] + (1 - momentum) * delta
     return torch.tensor(new)
 
 
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8, 0.9, 0.999])
 def test_thresholds_equal_naive_ones(keep):
     regions = c3semiseg.ConfidentRegions(19, keep=keep, momentum=0.7)
+    assert regions.thresholds.eq(0.9).all()
     thresholds = regions.thresholds.clone()
     for seed in range(5):
-        pseudo_label = randint(17, 2, 13, 11, seed=seed) + seed % 3
-        confidence = rand(2, 13, 11, seed=seed + 9) * 0.95 + 0.05
+        pseudo_label = torch.randint(17, (2, 13, 11)) + seed % 3
+        confidence = torch.rand(2, 13, 11) * 0.95 + 0.05
         pseudo_label[0, 0, 0], confidence[0, 0, 0] = 18, 1.0
         expected = naive_thresholds(thresholds, confidence, pseudo_label, keep, 0.7)
         mask = regions.update(confidence, pseudo_label)
         assert_close(regions.thresholds, expected, rtol=0, atol=1e-6)
-        absent = torch.tensor([c for c in range(19) if not (pseudo_label == c).any()])
-        if len(absent):  # bit-exact
-            assert torch.equal(regions.thresholds[absent], thresholds[absent])
+        absent = torch.bincount(pseudo_label.flatten(), minlength=19) == 0
+        assert torch.equal(regions.thresholds[absent], thresholds[absent])  # to the bit
         thresholds = regions.thresholds.clone()
         assert torch.equal(mask, confidence >= thresholds[pseudo_label])  # inclusive, updated first
         assert torch.equal(mask, regions.confident(confidence, pseudo_label))
@@ -519,32 +434,24 @@ def test_a_batch_s_own_threshold_keeps_floor_s_n_plus_one():
 
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8, 0.9])
 def test_a_stationary_stream_settles_at_s(keep):
-    regions, rng, shares = c3semiseg.ConfidentRegions(2, keep=keep), generator(), []
-    for step in range(150):
-        confidence = torch.rand(2, 20, 25, generator=rng) ** torch.tensor([0.3, 1]).view(2, 1, 1)
-        pseudo_label = torch.tensor([0, 1]).view(2, 1, 1).expand(-1, 20, 25)
-        mask = regions.update(confidence, pseudo_label)
-        if step >= 60:
-            shares.append(mask.float().mean((1, 2)))
-    assert (torch.stack(shares).mean(0) - keep).abs().max() < 0.012  # in both classes
+    regions, shares = c3semiseg.ConfidentRegions(2, keep=keep), []
+    pseudo_label = torch.tensor([0, 1]).view(2, 1, 1).expand(-1, 20, 25)
+    for _ in range(150):
+        confidence = torch.rand(2, 20, 25) ** torch.tensor([0.3, 1]).view(2, 1, 1)
+        shares.append(regions.update(confidence, pseudo_label).float().mean((1, 2)))
+    assert (torch.stack(shares[60:]).mean(0) - keep).abs().max() < 0.012  # in both classes
 
 
 def test_void_leaves_the_thresholds_alone():
-    confidence, label = rand(2, 20, 30), randint(3, 2, 20, 30, seed=1)
-    void = rand(2, 20, 30, seed=2) < 0.4
+    confidence, label = torch.rand(2, 20, 30), torch.randint(3, (2, 20, 30))
+    void = torch.rand(2, 20, 30) < 0.4
     regions, other = (c3semiseg.ConfidentRegions(3, momentum=0.0) for _ in range(2))
     mask = regions.update(confidence, label.masked_fill(void, 255))
     other.update(confidence[~void][None, None], label[~void][None, None])
     assert torch.equal(regions.thresholds, other.thresholds)
     assert 0.79 < mask[~void].float().mean() < 0.81
-
-
-def test_a_constant_threshold_is_reached_as_a_geometric_series():
-    regions = c3semiseg.ConfidentRegions(2)
-    for t in range(1, 40):
-        regions.update(torch.full((1, 2, 3), 0.5), torch.zeros(1, 2, 3).long())
-        assert regions.thresholds[0].item() == pytest.approx(0.5 + 0.4 * 0.9**t, abs=1e-5)
-    assert regions.thresholds[1].item() == pytest.approx(0.9)
+    everything = c3semiseg.ConfidentRegions(3, keep=1.0).update(confidence, label)
+    assert everything.all() and everything.dtype == torch.bool
 
 
 # ---- The terms of equation 7 ----
@@ -567,15 +474,15 @@ class Stub(nn.Module):
         return logits, self.projection(features)
 
 
-def sampled_contrast(seed=None, **changes):
-    rng = None if seed is None else generator(seed)
-    return partial(c3semiseg.contrast_loss, **{"per_class": 3, "generator": rng, **changes})
+def sampled_contrast(**changes):
+    how = {"per_class": 3, "generator": generator(), **changes}
+    return partial(c3semiseg.contrast_loss, **how)
 
 
 def group(n=2, size=(12, 16)):
     """Labeled and unlabeled part of a group, with a teacher's labels."""
-    image_l, image_u, strong = (rand(n, 3, *size, seed=seed) for seed in range(3))
-    label_l = randint(5, n, *size, seed=3)
+    image_l, image_u, strong = (torch.rand(n, 3, *size) for _ in range(3))
+    label_l = torch.randint(5, (n, *size))
     label_l[label_l == 4] = 255
     prob, confidence, pseudo_label, embedding = c3semiseg.label_images(Stub(21), image_u)
     assert torch.equal(pseudo_label, prob.argmax(1)) and torch.equal(confidence, prob.amax(1))
@@ -585,62 +492,49 @@ def group(n=2, size=(12, 16)):
     return (image_l, label_l), (strong, prob, label_u, embedding)
 
 
-def naive_sampled_contrast(f, g, label, logits, seed):
-    prediction = F.avg_pool2d(logits, 2).argmax(1)
-    index, drawn = c3semiseg.sample_pixels(
-        label[:, ::2, ::2], prediction, 3, num_classes=4, generator=generator(seed)
-    )
+def naive_sampled_contrast(f, g, label, logits):
+    label, prediction = label[:, ::2, ::2], F.avg_pool2d(logits, 2).argmax(1)
+    how = {"num_classes": 4, "generator": generator()}
+    index, drawn = c3semiseg.sample_pixels(label, prediction, 3, **how)
     assert (drawn != 255).sum() > 10
     f, g = (e.permute(0, 2, 3, 1).reshape(-1, 5)[index] for e in (f, g))
     return naive_contrast(f, drawn, g, drawn, TAU, True)
 
 
-def naive_c3(student, labeled, unlabeled, order, box, sets, seed):
-    """The terms pixel by pixel, and the mixed images in the places of the labeled ones."""
+def equation_4(maps, box):
+    m, (a, b) = 1 - box[:, None].float(), maps.chunk(2)
+    return torch.cat([m * a + (1 - m) * b, m * b + (1 - m) * a])
+
+
+def naive_c3(student, labeled, unlabeled, order, box, sets):
+    """The terms of equation 7, and the mixed images in the places of the labeled ones."""
     (image_l, label_l), (strong, prob, label_u, g_u) = labeled, unlabeled
-    n, batch = len(image_l), torch.cat([image_l, strong])
-    place = order.argsort().tolist()
-
-    def source(k, y, x):  # the partner inside the box
-        return (k + n * int(box[k % n, y, x])) % (2 * n)
-
-    mixed = torch.empty_like(batch)
-    for k, y, x in itertools.product(range(2 * n), *map(range, batch.shape[2:])):
-        mixed[k, :, y, x] = batch[order[source(k, y, x)], :, y, x]
-    logits, embedding = student(mixed)
-
-    def unmixed(maps, step):
-        out = torch.empty_like(maps)
-        for image, y, x in itertools.product(range(2 * n), *map(range, maps.shape[2:])):
-            out[image, :, y, x] = maps[source(place[image], y * step, x * step), :, y, x]
-        return out
-
-    logits, f = unmixed(logits, 1), unmixed(embedding, 2)
-    log_prob, label = logits.log_softmax(1), torch.cat([label_l, label_u])
-    losses = torch.zeros(2 * n, *label.shape[1:])
-    for k, y, x in itertools.product(*map(range, label.shape)):
-        if label[k, y, x] != 255:
-            target = F.one_hot(label[k, y, x], 4) if k < n else prob[k - n, :, y, x] / 4
-            losses[k, y, x] = -(target * log_prob[k, :, y, x]).sum()
-    of_l, of_u, of_both = slice(0, n), slice(n, 2 * n), slice(0, 2 * n)
-    g = torch.cat([f[:n] if sets == "labeled" else f[:n].detach(), g_u])
-    terms = {"loss_l": losses[of_l].sum() / (label_l != 255).sum()}
-    terms["loss_u"] = losses[of_u].sum() / (label_u != 255).sum()
-    part = {"labeled": of_l, "unlabeled": of_u, "both": of_both}[sets]
-    terms["loss_c"] = naive_sampled_contrast(f[part], g[part], label[part], logits[part], seed)
-    return terms, mixed[place[:n]]
+    mixed = equation_4(torch.cat([image_l, strong])[order], box)
+    logits_mix, f_mix = student(mixed)
+    image, logits, f = (torch.empty_like(maps) for maps in (mixed, logits_mix, f_mix))
+    image[order], logits[order] = mixed, equation_4(logits_mix, box)
+    f[order] = equation_4(f_mix, box[:, ::2, ::2])
+    log_l, log_u = logits.log_softmax(1).chunk(2)
+    log_l = log_l.gather(1, label_l.clamp(max=3)[:, None]).squeeze(1)
+    terms = {"loss_l": -log_l[label_l != 255].mean()}
+    terms["loss_u"] = -(prob / 4 * log_u).sum(1)[label_u != 255].mean()
+    g = torch.cat([f[:2] if sets == "labeled" else f[:2].detach(), g_u])
+    part = {"labeled": slice(0, 2), "unlabeled": slice(2, 4), "both": slice(0, 4)}[sets]
+    label = torch.cat([label_l, label_u])
+    terms["loss_c"] = naive_sampled_contrast(f[part], g[part], label[part], logits[part])
+    return terms, image[:2]
 
 
 @pytest.mark.parametrize("mixing", ["cross", "intra"])
 @pytest.mark.parametrize("sets", ["both", "labeled", "unlabeled"])
 def test_c3_loss_equals_naive_loss(mixing, sets):
-    """Also in its gradients: nothing reaches the teacher, or labeled pixels as others' contrast."""
+    """Its gradients, too: the contrast of both sets and of unlabeled pixels has one side."""
     labeled, unlabeled = group()
-    pair = c3semiseg.draw_pairs(mixing, 2, (12, 16), generator=generator(5))
+    pair = c3semiseg.draw_pairs(mixing, 2, (12, 16))
     student, twin = Stub(1), Stub(1)
-    how = {"contrast": sampled_contrast(7), "sets": sets}
+    how = {"contrast": sampled_contrast(), "sets": sets}
     terms, details = c3semiseg.c3_loss(student, labeled, unlabeled, *pair, **how)
-    expected, mixed = naive_c3(twin, labeled, unlabeled, *pair, sets, 7)
+    expected, mixed = naive_c3(twin, labeled, unlabeled, *pair, sets)
     assert_close(terms, expected)
     sum(terms.values()).backward()
     sum(expected.values()).backward()
@@ -654,47 +548,37 @@ def test_c3_loss_equals_naive_loss(mixing, sets):
 
 def test_warmup_loss_contrasts_student_with_student():
     (image, label), student = group()[0], Stub(2)
-    terms, details = c3semiseg.warmup_loss(student, image, label, contrast=sampled_contrast(1))
+    terms, details = c3semiseg.warmup_loss(student, image, label, contrast=sampled_contrast())
     logits, embedding = student(image)
-    expected = naive_sampled_contrast(embedding, embedding, label, logits, 1)
+    expected = naive_sampled_contrast(embedding, embedding, label, logits)
     assert_close(terms, {"loss_l": c3semiseg.supervised_loss(logits, label), "loss_c": expected})
     head = list(student.projection.parameters())  # the gradient reaches both sides
-    losses = (terms["loss_c"], expected)
-    assert_close(*(torch.autograd.grad(loss, head) for loss in losses))
+    assert_close(*(torch.autograd.grad(loss, head) for loss in (terms["loss_c"], expected)))
     assert torch.equal(details["prediction"], logits)
     assert list(c3semiseg.warmup_loss(student, image, label)[0]) == ["loss_l"]
 
 
-def test_road_can_be_left_out():
-    f, label, logits = randn(2, 5, 4, 4), randint(2, 2, 8, 8), randn(2, 2, 8, 8)
-    assert sampled_contrast()(f, f, label, logits) > 0
-    assert sampled_contrast(first_class=1)(f, f, label, logits) == 0  # one class left
-
-
-def test_contrast_where_most_classes_are_absent():
-    """The loss of 4 images with 3 of 150 classes does not depend on the limit to 256 groups."""
-    label = randint(3, 4, 12, 16) * 70
-    logits, f = randn(4, 150, 12, 16), randn(4, 8, 12, 16, seed=1)
-    value = sampled_contrast(0, per_class=10)(f, f, label, logits)
-    index, chosen = c3semiseg.sample_pixels(
-        label, logits.argmax(1), 10, num_classes=150, generator=generator()
-    )
-    assert (chosen != 255).sum() == 4 * 3 * 10
-    f = f.movedim(1, 3).flatten(0, 2)[index]
-    assert_close(value, contrast(f, chosen, exclude_self=True))
+@pytest.mark.parametrize(("first_class", "used"), [(0, 12), (1, 8)])
+def test_absent_classes_take_no_room_in_the_contrast(first_class, used):
+    """4 images with classes 0, 70 and 140 of 150: all are anchors, or all but those of road."""
+    label, logits = torch.randint(3, (4, 12, 16)) * 70, torch.randn(4, 150, 12, 16)
+    f = torch.randn(4, 8, 12, 16).requires_grad_()
+    sampled_contrast(per_class=10, first_class=first_class)(f, f.detach(), label, logits).backward()
+    anchors = f.grad.abs().sum(1) > 0
+    assert anchors.sum() == 10 * used and label[anchors].min() == 70 * first_class
 
 
 def test_a_contrast_of_too_many_groups_uses_pixels_of_all_images():
-    """32 images with 19 classes make 608 groups. The gradient shows the anchors of 256."""
-    label, logits = randint(19, 32, 24, 24), randn(32, 19, 24, 24)
-    f, g = randn(32, 4, 24, 24).requires_grad_(), randn(32, 4, 24, 24)
-    sampled_contrast(0, per_class=4)(f, g, label, logits).backward()
-    count = f.grad.abs().sum(1).ne(0).sum((1, 2))
+    """32 images with 19 classes make 608 groups, more than 256."""
+    label, logits = torch.randint(19, (32, 24, 24)), torch.randn(32, 19, 24, 24)
+    f, g = torch.randn(32, 4, 24, 24).requires_grad_(), torch.randn(32, 4, 24, 24)
+    sampled_contrast(per_class=4)(f, g, label, logits).backward()
+    count = f.grad.abs().sum(1).ne(0).sum((1, 2))  # anchors
     assert count.sum() == 4 * 256 and count.min() > 0 and abs(count[:16].sum() - 512) < 100
 
 
 def test_labels_at_another_size():
-    label, box = randint(19, 2, 256, 512), c3semiseg.box_mask(2, (256, 512))
+    label, box = torch.randint(19, (2, 256, 512)), c3semiseg.box_mask(2, (256, 512))
     row, column = (torch.arange(n) * size // n for n, size in ((33, 256), (65, 512)))
     for values in (label, box):
         small = c3semiseg.resize_nearest(values, (33, 65))
@@ -727,21 +611,19 @@ def test_alpha_of_each_step():
 
 def test_core_never_waits_for_the_device():
     """On the meta device .item(), nonzero, unique and branches on tensors raise."""
-    student, teacher = Stub(0).to("meta"), Stub(1).to("meta")
     with torch.device("meta"):
+        student, contrast = Stub(0), sampled_contrast(generator=None)
         image, label = torch.empty(2, 3, 8, 8), torch.empty(2, 8, 8).long()
         regions = c3semiseg.ConfidentRegions(4)
-    prob, confidence, pseudo_label, embedding = c3semiseg.label_images(teacher, image)
-    confident = regions.update(confidence, pseudo_label)
-    unlabeled = image, prob, pseudo_label.masked_fill(~confident, 255), embedding
-    contrast = sampled_contrast()
-    for mixing, sets in itertools.product(("cross", "intra"), ("both", "labeled", "unlabeled")):
-        pair = c3semiseg.draw_pairs(mixing, 2, (8, 8), device=image.device)
-        how = {"contrast": contrast, "sets": sets}
-        terms, _ = c3semiseg.c3_loss(student, (image, label), unlabeled, *pair, **how)
-        sum(terms.values()).backward()
-    terms, _ = c3semiseg.warmup_loss(student, image, label, contrast=contrast)
-    sum(terms.values()).backward()
+        prob, confidence, pseudo_label, embedding = c3semiseg.label_images(student, image)
+        confident = regions.update(confidence, pseudo_label)
+        unlabeled = image, prob, pseudo_label.masked_fill(~confident, 255), embedding
+        terms = [c3semiseg.warmup_loss(student, image, label, contrast=contrast)[0]]
+        for mixing, sets in itertools.product(("cross", "intra"), ("both", "labeled", "unlabeled")):
+            pair = c3semiseg.draw_pairs(mixing, 2, (8, 8))
+            how = {"contrast": contrast, "sets": sets}
+            terms.append(c3semiseg.c3_loss(student, (image, label), unlabeled, *pair, **how)[0])
+    sum(sum(each.values()) for each in terms).backward()
 
 
 # ---- Network and recipes ----
@@ -768,7 +650,7 @@ def tiny_network(num_classes, pretrained=True, **changes):
 
 
 def test_forward_gives_what_both_heads_give():
-    net, image = tiny_network(5), rand(2, 3, 256, 512)
+    net, image = tiny_network(5), torch.rand(2, 3, 256, 512)
     logits, embedding = net(image)
     assert logits.shape == (2, 5, 256, 512) and embedding.shape == (2, 6, 33, 65)
     features = net.features(image)
@@ -776,7 +658,7 @@ def test_forward_gives_what_both_heads_give():
     first, relu, second = net.projection
     assert isinstance(relu, nn.ReLU)
     assert_close(embedding, F.normalize(second(first(features).relu()), dim=1))
-    (gradient,) = torch.autograd.grad((embedding * randn(*embedding.shape)).sum(), net.conv1.weight)
+    (gradient,) = torch.autograd.grad(embedding[:, 0].sum(), net.conv1.weight)
     assert gradient.abs().sum() > 0  # the contrast trains the backbone, too
     assert tiny_network(5, contrast="none").projection is None
 
@@ -790,84 +672,53 @@ PAPER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("recipe", "own"),
-    [
-        (CITYSCAPES, ((512, 1024), (256, 512), (1,), 16, 4, 25_000, 2_500)),
-        (BDD100K, ((720, 1280), (512, 512), (0.75, 1, 1.25), 8, 2, 20_000, 5_000)),
-    ],
-)
-def test_recipes_have_the_paper_s_numbers(recipe, own):
+def test_recipes_have_the_paper_s_numbers():
     names = ("size", "crop", "scales", "batch_size", "group_size", "iterations", "warmup")
-    assert tuple(getattr(recipe, name) for name in names) == own
-    assert {name: getattr(recipe, name) for name in PAPER} == PAPER
+    own = {
+        CITYSCAPES: ((512, 1024), (256, 512), (1,), 16, 4, 25_000, 2_500),
+        BDD100K: ((720, 1280), (512, 512), (0.75, 1, 1.25), 8, 2, 20_000, 5_000),
+    }
+    for recipe, values in own.items():
+        assert tuple(getattr(recipe, name) for name in names) == values
+        assert {name: getattr(recipe, name) for name in PAPER} == PAPER
 
 
 # ---- Training ----
 
 
-ARGS = ("--weights", "none", "--layers", 1, 1, 1, 1, "--width", 4, "--aspp-rates", 1, 2)
-ARGS += ("--dataset", "camvid", "--labeled", 4, "--size", 48, 64, "--workers", 0, "--lr", 3e-3)
-ARGS += ("--backbone-factor", 1, "--embedding", 8, "--per-class", 3, "--batch-size", 4)
-ARGS += ("--warmup", 2, "--consistency-ramp", 2, "--contrast-ramp", 1, "--iterations", 5)
-ARGS += ("--initial-threshold", 0.2, "--threshold-momentum", 0.3)
-
-
 @pytest.fixture
 def trained(command, camvid, tmp_path):
-    """trained(name, flag, value, ...) trains and returns a folder; 5 steps if no flag says so."""
+    """trained(name, flag, value, ...) trains, 5 steps if no flag says so, and returns the log."""
 
     def call(name, *flags):
-        args = (*ARGS, "--data-dir", camvid, "--output-dir", tmp_path / name, *flags)
-        status, _, errors = command("c3semiseg", *args)
+        args = (*tiny("c3semiseg", camvid), "--iterations", 5, "--output-dir", tmp_path / name)
+        status, _, errors = command("c3semiseg", *args, *flags)
         assert (status, errors) == (0, "")
-        return tmp_path / name
+        return [entry for entry in read_log(tmp_path / name) if "loss_l" in entry]
 
     return call
 
 
-def steps_of(folder):
-    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [entry for entry in entries if "loss_l" in entry]
-
-
-def state_of(folder):
-    return torch.load(folder / "last.pt", weights_only=True)["state"]
-
-
-def test_checkpoints_with_and_without_a_head(trained, command, tmp_path, monkeypatch):
-    """The head is dropped at the end (section 3.5). A run resumed before then ends the same."""
-    out, half, save = tmp_path / "run", tmp_path / "half", run.Session._save
-
-    def save_and_copy(session, done):
-        save(session, done)
-        if session.folder == out and done == 10:
-            shutil.copytree(out, half, dirs_exist_ok=True)
-
-    monkeypatch.setattr(run.Session, "_save", save_and_copy)
-    flags = ("--iterations", 20, "--eval-every", 10, "--save-every", 10, "--group-size", 2)
-    steps = steps_of(trained("run", *flags))
-    assert {"loss_u", "loss_c", "confident", "lr"} <= set(steps[-1])
-    assert steps[-1]["loss_l"] < steps[0]["loss_l"]
-    assert json.loads((out / "result.json").read_text())["headline"] == "student"
-    assert {p.name for p in (out / "samples").iterdir()} == {"000010.png", "000020.png"}
-    config = json.loads((out / "config.json").read_text())
-    assert config["args"]["accumulate"] == 1  # more ranks may continue with fewer groups each
-    picture = tmp_path / "photo.png"
-    Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(picture)
-    for folder, with_head in ((out, False), (half, True)):
+def test_checkpoints_with_and_without_a_head(trained, command, camvid, tmp_path, monkeypatch):
+    """The projection head is dropped at the end (section 3.5)."""
+    last = tmp_path / "run/last.pt"
+    args = (*tiny("c3semiseg", camvid), "--iterations", 4, "--group-size", 2)
+    with monkeypatch.context() as patch:
+        train = stopping_train("c3semiseg", 3, signal.SIGTERM)
+        patch.setattr(c3semiseg, "train", train)
+        assert command("c3semiseg", *args, "--output-dir", last.parent)[0] == 143
+    for with_head in (True, False):
         for network in ("student", "teacher"):
-            names = state_of(folder)[network]
+            names = read_state(last.parent)[network]
             assert any(name.startswith("projection") for name in names) == with_head
-        status, printed, errors = command("c3semiseg", "--evaluate", folder / "last.pt")
+        assert torch.load(last)["args"]["accumulate"] == 1  # more ranks may go on, fewer groups
+        status, printed, errors = command("c3semiseg", "--evaluate", last)
         assert (status, errors) == (0, "") and "mIoU" in printed
-        argv = ("--predict", folder / "last.pt", picture, "--out", tmp_path / f"p{with_head}")
+        argv = ("--predict", last, camvid / "train/000.png", "--out", tmp_path / f"{with_head}")
         assert command("c3semiseg", *argv)[0] == 0
-    status, printed, _ = command("c3semiseg", "--resume", out / "last.pt")
-    assert status == 0 and "finished already" in printed
-    assert command("c3semiseg", "--resume", half / "last.pt")[0] == 0
-    assert_close(state_of(half), state_of(out), rtol=0, atol=0)
-    trained("next", "--weights", out / "last.pt")  # its new head stays as initialised
+        status, printed, _ = command("c3semiseg", "--resume", last)
+        assert status == 0 and ("headline: student" if with_head else "finished") in printed
+    trained("next", "--weights", last)  # the new head stays as initialised
 
 
 CHANGES = """--mixing intra | --mixing none | --teacher-view strong | --student-view weak
@@ -875,53 +726,50 @@ CHANGES = """--mixing intra | --mixing none | --teacher-view strong | --student-
 --magnitude 1 | --consistency-weight 5 | --consistency-ramp 9 | --contrast-weight 3
 --contrast-ramp 60 | --contrast labeled | --contrast unlabeled | --no-contrast-road
 --per-class 5 | --no-hard-sampling | --temperature 0.5 | --embedding 5 | --keep 0.3 | --keep 1
---threshold-momentum 0.1 | --initial-threshold 0.4 | --rotation 0 | --no-flip | --crop 32 48
---group-size 2 | --scales 0.75 1.25 --crop 32 48 | --ema-decay 0.1 | --ema-warm-start | --warmup 1
+--threshold-momentum 0.1 | --initial-threshold 0.25 | --rotation 0 | --no-flip | --crop 16 24
+--group-size 2 | --scales 0.75 1.25 --crop 16 24 | --ema-decay 0.1 | --ema-warm-start | --warmup 1
 --backbone-factor 0.1 | --no-warmup-contrast"""
 
 
-@pytest.fixture(scope="module")
-def usual():
-    return {}
+USUAL = {}  # what the last step without further flags logs
 
 
 @pytest.mark.parametrize("flags", CHANGES.replace("\n", " | ").split(" | "))
-def test_every_flag_reaches_the_step(trained, usual, flags):
-    if not usual:
-        usual.update(steps_of(trained("usual"))[-1])
-    changed = steps_of(trained("run", *flags.split()))[-1]
+def test_every_flag_reaches_the_step(trained, flags):
+    if not USUAL:
+        USUAL.update(trained("usual")[-1])
+    changed = trained("run", *flags.split())[-1]
     names = ("loss_l", "loss_u", "loss_c", "confident")
     assert all(math.isfinite(changed[name]) for name in names)
-    assert any(changed[name] != usual[name] for name in names)
+    assert any(changed[name] != USUAL[name] for name in names)
     if flags == "--keep 1":  # the corners of rotated images count, too
         assert changed["confident"] == 1
 
 
-def test_rows_of_table_3(trained, command, camvid, tmp_path):
-    log = {"loss_l", "iteration", "lr", "seconds"}
-    assert set(steps_of(trained("base", "--supervised"))[-1]) == log
-    assert not any(name.startswith("projection") for name in state_of(tmp_path / "base")["student"])
+def test_rows_of_table_3(trained, tmp_path):
+    log = {"loss_l", "iteration", "lr"}
+    assert set(trained("base", "--supervised")[-1]) == log
+    assert not any(
+        name.startswith("projection") for name in read_state(tmp_path / "base")["student"]
+    )
     log |= {"loss_u", "confident"}
-    assert set(steps_of(trained("no_c", "--contrast", "none"))[-1]) == log
+    assert set(trained("no_c", "--contrast", "none")[-1]) == log
     log |= {"loss_c"}
-    assert set(steps_of(trained("no_u", "--consistency-weight", 0))[-1]) == log
+    assert set(trained("no_u", "--consistency-weight", 0)[-1]) == log
 
 
 class Watch(run.Session):
-    """Keeps the batches that it hands out, what is logged, and the networks after each step."""
+    """Keeps the batches that it hands out, and pictures and state of each step."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.handed_out, self.logged, self.pictures = ([], []), [], []
-        self.states = [self.copy_state()]
+        self.handed_out, self.steps = ([], []), []
+        self.keep({})
         Watch.last = self
 
-    def copy_state(self):
-        names = ("student", "teacher", "regions")
-        return {
-            name: {key: value.clone() for key, value in self.state[name].state_dict().items()}
-            for name in names
-        }
+    def keep(self, pictures):
+        state = {name: self.state[name].state_dict() for name in ("student", "teacher", "regions")}
+        self.steps.append({**copy.deepcopy(state), "pictures": pictures})
 
     def batches(self, indices, transform, *, stream, start):
         assert indices == self.split[stream]
@@ -929,71 +777,62 @@ class Watch(run.Session):
             self.handed_out[stream].append(batch)
             yield batch
 
-    def log(self, values):
-        self.logged.append(values)
-        super().log(values)
-
     def end_step(self, iteration, pictures):
-        self.states.append(self.copy_state())
-        self.pictures.append(pictures)
+        self.keep(pictures)
         super().end_step(iteration, pictures)
 
 
 @pytest.mark.parametrize("supervised", [False, True])
 def test_each_step_is_that_of_a_plain_loop(trained, monkeypatch, supervised):
-    """Two groups of two images a step. Nothing that is drawn matters without mixing and colours."""
+    """Two groups of two images a step. Without mixing and colours, no random number matters."""
     seeds, step_seed = [], run.step_seed
     monkeypatch.setattr(run, "step_seed", lambda *of: seeds.append(step_seed(*of)) or seeds[-1])
     monkeypatch.setattr(c3semiseg, "train", partial(c3semiseg.train, make_session=Watch))
     flags = "--group-size 2 --ema-decay 0.6 --mixing none --contrast none --student-view weak"
-    trained("run", *flags.split(), "--iterations", 6, *["--supervised"] * supervised)
-    session = Watch.last
-    assert not set(session.split[0]) & set(session.split[1]) and len(session.split[1]) == 4
+    flags += " --iterations 6 --backbone-factor 0.3" + " --supervised" * supervised
+    log, (batches_l, batches_u) = trained("run", *flags.split()), Watch.last.handed_out
     assert len(set(seeds)) == len(seeds) == 6 * 2 + (0 if supervised else 4 * 2 * 2)
     student, teacher = (tiny_network(11, False, contrast="none") for _ in range(2))
-    student.load_state_dict(session.states[0]["student"])
-    adam = torch.optim.Adam(student.parameters())
-    parameters, confident = dict(student.named_parameters()), []
+    student.load_state_dict(Watch.last.steps[0]["student"])
+    heads, confident = list(student.classifiers.parameters()), []
+    backbone = list(student.parameters())[: -len(heads)]
+    adam = torch.optim.Adam([{"params": backbone}, {"params": heads}])
     for t, alpha in enumerate([0, 0, 0, 0.6, 0.6, 0.6]):
-        before, after = session.states[t : t + 2]
+        before, after = Watch.last.steps[t : t + 2]
         semi = not supervised and t >= 2
-        # The teacher comes first; as soon as it labels, its batch-norm statistics are its own.
-        statistics = before["teacher" if semi and t > 2 else "student"]
-        average = {
-            name: alpha * before["teacher"][name] + (1 - alpha) * before["student"][name]
-            for name in parameters
-        }
-        teacher.load_state_dict({**statistics, **average})
+        # The teacher comes first. Once it labels images, its batch-norm statistics are its own.
+        new = dict(before["teacher" if semi and t > 2 else "student"])
+        for name, _ in teacher.named_parameters():
+            new[name] = alpha * before["teacher"][name] + (1 - alpha) * before["student"][name]
+        teacher.load_state_dict(new)
         if semi:
-            images_u = [image for image, _ in session.handed_out[1][2 * t - 4 : 2 * t - 2]]
+            images_u = [image for image, _ in batches_u[2 * t - 4 : 2 * t - 2]]
             labels = [c3semiseg.label_images(teacher, image) for image in images_u]
             confidence, label_u = (torch.cat([label[i] for label in labels]) for i in (1, 2))
             thresholds = before["regions"]["thresholds"]
-            thresholds = naive_thresholds(thresholds, confidence, label_u, 0.8, 0.3)
+            thresholds = naive_thresholds(thresholds, confidence, label_u, 0.8, 0.9)
             assert_close(after["regions"]["thresholds"], thresholds)
             label_u[confidence < thresholds[label_u]] = 255
-            confident.append((label_u != 255).float().mean())
-            assert 0.5 < confident[-1] < 1
-            assert torch.equal(session.pictures[t]["pseudo_label"], label_u[2:])
+            confident.append((label_u != 255).float().mean().item())
+            assert torch.equal(after["pictures"]["pseudo_label"], label_u[2:])
         assert_close(after["teacher"], teacher.state_dict())
-        for k, (image_l, label_l) in enumerate(session.handed_out[0][2 * t : 2 * t + 2]):
+        for k, (image_l, label_l) in enumerate(batches_l[2 * t : 2 * t + 2]):
+            logits, loss = student(torch.cat([image_l, images_u[k]]) if semi else image_l)[0], 0.0
             if semi:
-                logits, _ = student(torch.cat([image_l, images_u[k]]))
-                kept, prob = label_u[2 * k : 2 * k + 2] != 255, labels[k][0]
-                ramp = math.exp(-5 * (1 - min(1, (t - 2) / 2)) ** 2)
-                loss = 50 * ramp * c3semiseg.consistency_loss(logits[2:], prob, kept)
-            else:
-                logits, loss = student(image_l)[0], 0.0
+                kept, ramp = label_u[2 * k : 2 * k + 2] != 255, min(1, (t - 2) / 2)
+                loss = c3semiseg.consistency_loss(logits[2:], labels[k][0], kept)
+                loss = 50 * math.exp(-5 * (1 - ramp) ** 2) * loss
             loss = loss + F.cross_entropy(logits[:2], label_l, ignore_index=255)
             (loss / 2).backward()
-        adam.param_groups[0]["lr"] = 3e-3 * (1 - t / 6) ** 0.9
+        for group, factor in zip(adam.param_groups, (0.3, 1), strict=True):
+            group["lr"] = factor * 1e-3 * (1 - t / 6) ** 0.9
         adam.step()
         adam.zero_grad()
         assert_close(after["student"], student.state_dict(), rtol=1e-4, atol=1e-5)
-        mixed = session.pictures[t].get("mixed_image", image_l)
-        assert torch.equal(mixed, image_l)  # no colours change in labeled images
-    logged = [values["confident"] for values in session.logged if "confident" in values]
-    assert_close(logged, confident)
+        mixed = after["pictures"].get("mixed_image", image_l)
+        assert torch.equal(mixed, image_l)  # the colours of labeled images stay
+    assert supervised or 0 < min(confident) <= max(confident) < 1
+    assert [entry["confident"] for entry in log if "confident" in entry] == confident
 
 
 def test_frozen_batch_norm_stays_as_loaded(trained, tmp_path):
@@ -1002,24 +841,14 @@ def test_frozen_batch_norm_stays_as_loaded(trained, tmp_path):
         if "bn" in name or "downsample.1" in name:
             value.data.add_(0.3 * torch.randn(value.shape))
     torch.save(net.state_dict(), tmp_path / "w.pth")
-    states = state_of(trained("run", "--weights", tmp_path / "w.pth"))
+    trained("run", "--weights", tmp_path / "w.pth")
+    states = read_state(tmp_path / "run")
     for state in (states["student"], states["teacher"]):
         for name, value in net.state_dict().items():
             if "bn" in name or "downsample.1" in name:
                 assert torch.equal(state[name], value), name
             elif name == "conv1.weight":
                 assert not torch.equal(state[name], value)
-
-
-def test_rates_and_schedule(trained):
-    folder = trained("run", "--backbone-factor", 0.3, "--iterations", 20)
-    backbone, heads = state_of(folder)["optimizer"]["param_groups"]
-    assert backbone["initial_lr"] == pytest.approx(9e-4) and heads["initial_lr"] == 3e-3
-    assert backbone["weight_decay"] == heads["weight_decay"] == 0
-    rates = {entry["iteration"]: entry["lr"] for entry in steps_of(folder)}
-    assert rates[20] == 0 and len(rates) > 1
-    for iteration, rate in rates.items():
-        assert rate == pytest.approx(9e-4 * (1 - iteration / 20) ** 0.9, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -1032,7 +861,9 @@ def test_rates_and_schedule(trained):
     ],
 )
 def test_bad_flags_are_one_line(command, camvid, tmp_path, flags, expected):
-    args = (*ARGS, "--data-dir", camvid, "--output-dir", tmp_path / "run", "--labeled", 3)
-    status, _, errors = command("c3semiseg", *args, *flags.split())
+    args = (*tiny("c3semiseg", camvid), "--iterations", 5, "--labeled", 3)
+    status, _, errors = command(
+        "c3semiseg", *args, *flags.split(), "--output-dir", tmp_path / "run"
+    )
     assert status == 2 and errors.count("\n") == 1 and expected in errors
     assert not (tmp_path / "run").exists()

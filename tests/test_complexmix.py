@@ -1,12 +1,12 @@
-"""complexmix.py against naive loops and exact laws; what it shares with classmix.py."""
+"""complexmix.py against naive loops, exact laws and classmix.py."""
 
-import ast
 import difflib
 import inspect
 import itertools
 import math
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 
 import classmix
 import complexmix
+from common import run
+from common.flags import parse_args
 from complexmix import complex_mask, draw_blocks
 
 
@@ -97,23 +99,16 @@ def test_every_block_selects_half_of_the_classes(num_classes):
 
 
 @pytest.mark.parametrize(
-    ("p", "std", "count"), [(4, 0.125, 2000), (16, 0.031, 1000), (64, 0.0078, 200)]
+    ("num_classes", "p", "count"), [(19, 4, 2000), (19, 16, 1000), (19, 64, 200), (3, 128, 200)]
 )
-def test_mean_and_spread_on_a_constant_map(p, std, count):
-    """Bernoulli(9/19) blocks: the spread of a mask's mean falls as 1/p."""
-    masks = complex_mask(torch.full((count, p, 2 * p), 7), 19, p, generator=generator())
-    mean = masks.double().mean((1, 2))
-    assert abs(mean.mean() - 9 / 19) < 4 * std / math.sqrt(count)
-    assert mean.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * count) + 0.01)
-    assert not complex_mask(torch.full((2, p, p), 7), 19, p, classes="present").any()
-
-
-def test_mean_and_spread_at_p_128():
-    label, rng = torch.full((20, 128, 128), 18), generator()
-    parts = [complex_mask(label, 19, 128, generator=rng).double() for _ in range(15)]
-    mean = torch.cat(parts).mean((1, 2))
-    assert abs(mean.mean() - 9 / 19) < 4 * 0.0039 / math.sqrt(300)
-    assert mean.std().item() == pytest.approx(0.0039, rel=0.17)  # four standard errors
+def test_mean_and_spread_on_a_constant_map(num_classes, p, count):
+    """Blocks are Bernoulli(q), q = floor(K/2) / K: the spread of a mask's mean falls as 1/p."""
+    label, q = torch.full((count, p, 2 * p), num_classes - 1), num_classes // 2 / num_classes
+    mean = complex_mask(label, num_classes, p, generator=generator()).double().mean((1, 2))
+    std = math.sqrt(q * (1 - q)) / p
+    assert abs(mean.mean() - q) < 4 * std / math.sqrt(count)
+    assert mean.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * count))
+    assert not complex_mask(label[:2], num_classes, p, classes="present").any()
 
 
 @pytest.mark.parametrize("p", [1, 4, 16])
@@ -140,122 +135,82 @@ def test_one_block_of_present_classes_is_classmix():
 
 
 def test_unknown_classes_value():
-    with pytest.raises(ValueError, match="classes is 'all' or 'present', not 'half'"):
+    with pytest.raises(ValueError, match="classes must be 'all' or 'present', not 'half'"):
         complex_mask(torch.zeros(1, 2, 2).long(), 3, 2, classes="half")
 
 
 def test_the_draw_of_p():
     blocks, count = (4, 16, 64, 128), 4000
-    drawn = [draw_blocks(blocks, 0, iteration) for iteration in range(count)]
-    assert drawn == [draw_blocks(blocks, 0, iteration) for iteration in range(count)]
-    assert drawn != [draw_blocks(blocks, 1, iteration) for iteration in range(count)]
+    drawn, again, other = (
+        [draw_blocks(blocks, seed, iteration) for iteration in range(count)] for seed in (0, 0, 1)
+    )
+    assert drawn == again
+    assert all(drawn[k : k + 50] != other[:50] for k in range(8))  # not a shifted copy either
+    error = 4 * math.sqrt(3 / 16 / count)
     for p in blocks:
-        assert abs(drawn.count(p) / count - 1 / 4) < 4 * math.sqrt(3 / 16 / count)
-    twice = sum(a == b for a, b in itertools.pairwise(drawn)) / count
-    assert abs(twice - 1 / 4) < 4 * math.sqrt(3 / 16 / count)
-    assert draw_blocks((64,), 0, 5) == 64
+        assert abs(drawn.count(p) / count - 1 / 4) < error
+    assert abs(sum(a == b for a, b in itertools.pairwise(drawn)) / count - 1 / 4) < error
 
 
-class Stub(nn.Conv2d):
-    """A 3x3 convolution that notes what it is given and whether gradients were recorded."""
-
-    def __init__(self, seed):
-        super().__init__(3, 4, 3, padding=1)
-        for parameter in self.parameters():
-            parameter.data = 2 * torch.randn(parameter.shape, generator=generator(seed))
-
-    def forward(self, image):
-        self.image, self.with_grad = image, torch.is_grad_enabled()
-        return super().forward(image)
-
-
-def naive_loss(student, teacher, image, mask, threshold, weighting, scope, factor):
-    prob = teacher(image).softmax(1).detach()
-    image_mix, target = image.clone(), prob.clone()
-    for i, y, x in itertools.product(*map(range, mask.shape)):
-        if not mask[i, y, x]:
-            image_mix[i, :, y, x] = image[(i + 1) % len(image), :, y, x]
-            target[i, :, y, x] = prob[(i + 1) % len(image), :, y, x]
-    hard = F.one_hot(target.argmax(1), prob.shape[1]).permute(0, 3, 1, 2)
-    pixel_loss = -(hard * student(image_mix).softmax(1).log()).sum(1)
-    weight = (target.amax(1) >= threshold).float()
-    if weighting == "fraction":
-        weight = torch.stack([w.mean() for w in weight]) if scope == "sample" else weight.mean()
-        weight = weight.view(-1, 1, 1)
-    return (factor * weight * pixel_loss).mean(), factor * weight.mean(), image_mix
+def small_network(seed):
+    """A convolution whose predictions are partly confident."""
+    network = nn.Conv2d(3, 4, 3, padding=1)
+    for parameter in network.parameters():
+        parameter.data = 2 * torch.randn(parameter.shape, generator=generator(seed))
+    return network
 
 
 @pytest.mark.parametrize("weighting", ["fraction", "fraction sample", "pixel"])
-def test_loss_equals_naive_loss(weighting):
-    student, teacher, labels = Stub(0), Stub(1), []
+def test_loss_is_a_multiple_of_classmix_s(weighting):
+    """test_classmix.py compares that one with a naive loop."""
+    student, teacher, labels = small_network(0), small_network(1), []
     image = torch.rand(3, 3, 6, 5, generator=generator(2))
     mask = torch.rand(3, 6, 5, generator=generator(3)) < 0.4
     weighting, scope = [*weighting.split(), "batch"][:2]
-    how = {"threshold": 0.9, "weighting": weighting, "scope": scope, "factor": 0.3}
-    expected, weight, image_mix = naive_loss(student, teacher, image, mask, **how)
-    assert 0 < weight < 0.3
-    gradient = torch.autograd.grad(expected, list(student.parameters()))
-    how["make_mask"] = lambda pseudo_label: labels.append(pseudo_label) or mask
-    loss, seen = complexmix.complexmix_loss(student, teacher, image, **how)
+    options = {"weighting": weighting, "scope": scope, "threshold": 0.9}
+    options["make_mask"] = lambda label: labels.append(label) or mask
+    expected, expected_details = classmix.classmix_loss(student, teacher, image, **options)
+    gradient = torch.autograd.grad(0.3 * expected, list(student.parameters()))
+    loss, details = complexmix.complexmix_loss(student, teacher, image, **options, factor=0.3)
     loss.backward()
-    torch.testing.assert_close([loss, seen["lambda"]], [expected, weight])
+    expected_details["lambda"] = 0.3 * expected_details["lambda"]
+    assert 0 < details["lambda"] < 0.3
+    torch.testing.assert_close((loss, details), (0.3 * expected, expected_details))
     torch.testing.assert_close([p.grad for p in student.parameters()], list(gradient))
-    assert torch.equal(student.image, image_mix) and torch.equal(teacher.image, image)
-    assert student.with_grad and not teacher.with_grad
-    assert all(p.grad is None for p in teacher.parameters())
-    assert torch.equal(labels[0], teacher(image).argmax(1)) and seen["pseudo_label"] is labels[0]
-    assert not any(x.requires_grad for x in seen.values())
+    assert all(p.grad is None for p in teacher.parameters())  # no gradient reaches the teacher
+    assert torch.equal(*labels) and not any(value.requires_grad for value in details.values())
+
+
+def test_confidence_at_the_threshold_counts():
+    options = {"weighting": "pixel", "scope": "batch", "factor": 2.0}
+    weight = complexmix.unlabeled_weight(torch.tensor([[[0.5, 0.75, 0.7]]]), 0.75, **options)
+    assert weight.tolist() == [[[0, 2, 0]]]
 
 
 @pytest.mark.parametrize("classes", ["all", "present"])
 def test_core_never_waits_for_the_device(classes):
     """On the meta device .item(), nonzero, unique and branches on tensors raise."""
     with torch.device("meta"):
-        image, label, net = torch.empty(2, 3, 9, 8), torch.empty(2, 9, 8).long(), nn.Conv2d(3, 4, 1)
-
-    def make_mask(label):
-        return complex_mask(label, 4, 16, classes=classes)
-
+        image, network = torch.empty(2, 3, 9, 8), nn.Conv2d(3, 4, 1)
+    make_mask = partial(complex_mask, num_classes=4, blocks=16, classes=classes)
     for weighting in ("fraction", "pixel"):
-        how = {"make_mask": make_mask, "weighting": weighting}
-        loss, _ = complexmix.complexmix_loss(net, net, image, **how)
-        (loss + complexmix.cross_entropy(net(image), label)).backward()
+        options = {"make_mask": make_mask, "weighting": weighting}
+        complexmix.complexmix_loss(network, network, image, **options)[0].backward()
 
 
 # ---- What is shared with classmix.py ----
 
 
 def test_shared_functions_are_the_same_text():
-    def functions(module):
-        own = inspect.getmembers(module, inspect.isfunction)
-        own = [(name, f) for name, f in own if f.__module__ == module.__name__]
-        return {name: inspect.getsource(f) for name, f in own}
-
-    ours, theirs = functions(complexmix), functions(classmix)
-    same = {name for name in ours if ours[name] == theirs.get(name)}
-    assert same == {"mix", "cross_entropy", "network"}
-    assert ours.keys() & theirs.keys() - same == {"unlabeled_weight", "make_mask", "train", "main"}
+    for name in ("mix", "cross_entropy", "network", "check"):
+        ours, theirs = (inspect.getsource(getattr(m, name)) for m in (complexmix, classmix))
+        assert ours == theirs
 
 
-def outside_docstring_recipe_and_mask(module) -> list[str]:
-    """The lines of a method file that are not empty, nor of these parts."""
-    text = Path(module.__file__).read_text()
-    recipe = {"Recipe", "VOC", "SMALL", "ADAM", "RECIPES", "UnlabeledLoss"}
-    left_out, body = set(), ast.parse(text).body
-    for node in body:
-        target = node.targets[0].id if isinstance(node, ast.Assign) else ""
-        name = getattr(node, "name", target)
-        if node is body[0] or name in recipe or name.endswith("_mask") or name == "draw_blocks":
-            above = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]
-            left_out |= set(range(min(above, default=node.lineno), node.end_lineno + 1))
-    lines = enumerate(text.splitlines(), 1)
-    return [line for k, line in lines if k not in left_out and line and not line.startswith("# ")]
-
-
-def test_the_difference_to_classmix_is_small():
-    texts = map(outside_docstring_recipe_and_mask, (classmix, complexmix))
-    changes = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
-    assert 20 < len(changes) <= 60, "\n".join(changes)
+def test_the_loop_is_nearly_the_same_text():
+    loops = [inspect.getsource(method.train).splitlines() for method in (classmix, complexmix)]
+    changes = [line for line in difflib.ndiff(*loops) if line[0] in "+-"]
+    assert 10 < len(changes) <= 30, "\n".join(changes)
 
 
 def test_recipes():
@@ -264,30 +219,45 @@ def test_recipes():
     for name in ours:
         a, b = asdict(ours[name]), asdict(theirs[name])
         different = {key for key in a.keys() & b.keys() if a[key] != b[key]}
-        # With streets' recipe the supervised run of one file is that of the other.
+        # With the recipe of streets the supervised runs of both files are the same.
         assert different == (set() if name == "streets" else {"warmup"})
-    paper = asdict(ours["cityscapes"])
-    assert paper["blocks"] == (4, 16, 64, 128) and paper["classes"] == "all"
-    assert (paper["size"], paper["crop"], paper["batch_size"]) == ((512, 1024), None, 2)
-    assert (paper["lr"], paper["momentum"], paper["weight_decay"]) == (2.5e-4, 0.9, 5e-4)
-    assert (paper["iterations"], paper["warmup"], paper["unlabeled_weight"]) == (40_000, 1_000, 1)
+    paper = ours["cityscapes"]
+    assert (paper.blocks, paper.classes) == ((4, 16, 64, 128), "all")
+    assert (paper.size, paper.crop, paper.batch_size) == ((512, 1024), None, 2)
+    assert (paper.lr, paper.momentum, paper.weight_decay) == (2.5e-4, 0.9, 5e-4)
+    assert (paper.iterations, paper.warmup, paper.unlabeled_weight) == (40_000, 1_000, 1)
 
 
 # ---- Training ----
 
-TINY = "--labeled 4 --weights none --layers 1 1 1 1 --width 4 --workers 0 --size 48 64 --lr 0.05"
-TINY += " --aspp-rates 1 2 --iterations 6 --warmup 2 --eval-every 6 --confidence-threshold 0.6"
+TINY = "--dataset camvid --labeled 4 --size 24 32 --weights none --layers 1 1 1 1 --width 4 "
+TINY += "--workers 0 --aspp-rates 1 2 --lr 0.05 --iterations 4 --confidence-threshold 0.6"
 
 
-def weights_after(command, camvid, out, *flags, method="complexmix"):
-    """Student and teacher after 6 steps, of which the last 4 with unlabeled data."""
-    where = ("--dataset", "camvid", "--data-dir", camvid, "--output-dir", out)
-    status, _, errors = command(method, *where, *TINY.split(), *flags)
-    assert (status, errors) == (0, "")
-    state = torch.load(out / "last.pt", weights_only=True)["state"]
-    return [
-        torch.cat([v.flatten().float() for v in state[n].values()]) for n in ("student", "teacher")
-    ]
+class Recorder(run.Session):
+    """Keeps the pictures of each step and writes no files."""
+
+    def restore(self):
+        Recorder.last, self.pictures = self, []
+        return 0
+
+    def end_step(self, iteration, pictures):
+        self.pictures.append(pictures)
+
+
+def train(camvid, *flags, method="complexmix"):
+    """Returns the session of a tiny run."""
+    module = import_module(method)
+    argv = ["--data-dir", str(camvid), *TINY.split(), *map(str, flags)]
+    recipe, args = parse_args(method, module.__doc__, module.RECIPES, argv=argv)
+    module.train(recipe, args, Recorder)
+    return Recorder.last
+
+
+def weights(session, *networks):
+    """All numbers of the networks in one vector, batch-norm statistics too."""
+    states = [session.state[name].state_dict() for name in networks or ("student",)]
+    return torch.cat([v.flatten().float() for state in states for v in state.values()])
 
 
 FLAGS = """--blocks 16 | --classes present | --weighting pixel | --weight-scope sample
@@ -295,109 +265,50 @@ FLAGS = """--blocks 16 | --classes present | --weighting pixel | --weight-scope 
 --ema-decay 0.1 | --seed 1 | --supervised"""
 
 
-def test_every_flag_reaches_the_step(command, camvid, tmp_path):
-    plain = weights_after(command, camvid, tmp_path / "plain", "--blocks", 4)[0]
-    again = weights_after(command, camvid, tmp_path / "again", "--blocks", 4)[0]
-    assert torch.equal(plain, again)
-    for k, flags in enumerate(FLAGS.replace("\n", " | ").split(" | ")):
-        changed = weights_after(command, camvid, tmp_path / f"{k}", "--blocks", 4, *flags.split())[
-            0
-        ]
-        assert not torch.equal(plain, changed), flags
+def test_every_flag_reaches_the_step(camvid):
+    usual = ("--blocks", 4, "--warmup", 0)
+    runs = {"": weights(train(camvid, *usual))}
+    assert torch.equal(runs[""], weights(train(camvid, *usual)))
+    for flags in FLAGS.replace("\n", " | ").split(" | "):
+        runs[flags] = weights(train(camvid, *usual, *flags.split()))
+    for (one, a), (other, b) in itertools.combinations(runs.items(), 2):
+        assert not torch.equal(a, b), (one, other)
 
 
-def test_supervised_is_classmix_s_baseline(command, camvid, tmp_path):
-    for name in ("classmix", "complexmix"):
-        weights_after(command, camvid, tmp_path / name, "--supervised", method=name)
-    ours, theirs = (
-        torch.load(tmp_path / name / "last.pt", weights_only=True)["state"]["student"]
-        for name in ("classmix", "complexmix")
-    )
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+def test_each_step_has_its_own_p_and_each_micro_batch_its_own_scores(camvid):
+    flags = ("--accumulate", 2, "--batch-size", 4, "--seed", 5, "--warmup", 2, "--iterations", 8)
+    session = train(camvid, *flags, "--blocks", 2, 3, 7)
+    assert ["mask" in pictures for pictures in session.pictures] == [False] * 2 + [True] * 6
+    blocks = [draw_blocks((2, 3, 7), 5, iteration) for iteration in range(8)]
+    assert set(blocks[2:]) == {2, 3, 7}
+    for iteration, pictures in list(enumerate(session.pictures))[2:]:
+        same = []
+        for micro_batch in (0, 1):  # the pictures are those of the last one
+            seed = run.step_seed(5, iteration, micro_batch, "mask")
+            rng = torch.Generator().manual_seed(seed)
+            mask = complex_mask(pictures["pseudo_label"], 11, blocks[iteration], generator=rng)
+            same.append(torch.equal(mask, pictures["mask"]))
+        assert same == [False, True]
 
 
-def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
-    masks, losses, updates = [], [], []
-    mask, loss, update = complex_mask, complexmix.complexmix_loss, complexmix.update_teacher
-
-    def spy_mask(pseudo_label, num_classes, blocks, **options):
-        masks.append((blocks, options["generator"].initial_seed()))
-        assert num_classes == 11 and options["classes"] == "all"
-        return mask(pseudo_label, num_classes, blocks, **options)
-
-    def spy_loss(student, teacher, image, **options):
-        losses.append(len(updates))
-        assert student.training and teacher.training and student is not teacher
-        return loss(student, teacher, image, **options)
-
-    def spy_update(teacher, student, **options):
-        before = [t.clone() for t in teacher.state_dict().values()]
-        update(teacher, student, **options)
-        states = [list(network.state_dict().values()) for network in (teacher, student)]
-        same = [torch.equal(a, b) for a, b in zip(*states, strict=True)]
-        changed = [not torch.equal(a, b) for a, b in zip(before, states[0], strict=True)]
-        assert sum(changed) > len(changed) / 2  # the student moves, statistics too
-        assert options["buffers"] == "copy"
-        updates.append((options["decay"], all(same)))
-
-    monkeypatch.setattr(complexmix, "complex_mask", spy_mask)
-    monkeypatch.setattr(complexmix, "complexmix_loss", spy_loss)
-    monkeypatch.setattr(complexmix, "update_teacher", spy_update)
-    flags = ("--accumulate", 2, "--batch-size", 4, "--seed", 5, "--split-seed", 0)
-    weights_after(command, camvid, tmp_path / "run", *flags)
-    # Two steps of warm-up, where the teacher becomes the student and labels nothing; t = 0, 1, 2, 3
-    assert losses == [2, 2, 3, 3, 4, 4, 5, 5]
-    decays = [decay for decay, _ in updates]
-    assert decays == pytest.approx([0, 0, 0, 1 / 2, 2 / 3, 3 / 4])
-    assert [same for _, same in updates] == [True] * 3 + [False] * 3
-    # One p a step, the same in both shares; each share its own scores.
-    drawn = [draw_blocks((4, 16, 64, 128), 5, iteration) for iteration in range(2, 6)]
-    assert [p for p, _ in masks] == [p for p in drawn for _ in range(2)] and len(set(drawn)) > 1
-    assert len({seed for _, seed in masks}) == 8
+def test_the_teacher_labels_in_train_mode_and_copies_the_statistics(camvid):
+    session = train(camvid, "--warmup", 1)
+    student, teacher = session.state["student"], session.state["teacher"]
+    assert student.training and teacher.training and session.headline == "student"
+    assert all(map(torch.equal, student.buffers(), teacher.buffers()))
+    assert not torch.equal(student.conv1.weight, teacher.conv1.weight)
 
 
-def test_a_resumed_run_is_the_same(command, camvid, tmp_path):
-    whole = weights_after(command, camvid, tmp_path / "whole", "--save-every", 3)
-    monkey = pytest.MonkeyPatch()
-    steps = complexmix.run.Run.steps
-
-    def stop_early(self):
-        for iteration in steps(self):
-            if iteration == 4 and self.start == 0:
-                return
-            yield iteration
-
-    monkey.setattr(complexmix.run.Run, "steps", stop_early)
-    where = ("--dataset", "camvid", "--data-dir", camvid, "--output-dir", tmp_path / "parts")
-    command("complexmix", *where, *TINY.split(), "--save-every", 3)
-    monkey.undo()
-    parts = weights_after(command, camvid, tmp_path / "parts", "--resume", "auto")
-    assert all(map(torch.equal, whole, parts))
-
-
-SAME = """| --accumulate 2 --batch-size 4
+SAME = """| --accumulate 2 --batch-size 4 | --supervised
 | --momentum 0.5 --weight-decay 0.1 --head-factor 3 --lr-power 2
 | --flip --crop 32 48 --scale-range 0.5 1.5 | --optimizer adam --lr 0.001 --weighting pixel
 | --weight-scope sample --ema-decay 0.5 --confidence-threshold 0.5 | --width 6 --aspp-rates 1 3"""
 
 
 @pytest.mark.parametrize("flags", SAME.replace("\n", " ").split("|"))
-def test_one_block_of_present_classes_trains_as_classmix(command, camvid, tmp_path, flags):
+def test_one_block_of_present_classes_trains_as_classmix(camvid, flags):
     flags = (*flags.split(), "--warmup", 0)
-    block = ("--blocks", 1, "--classes", "present")
-    ours = weights_after(command, camvid, tmp_path / "ours", *block, *flags)
-    theirs = weights_after(command, camvid, tmp_path / "theirs", *flags, method="classmix")
-    assert all(map(torch.equal, ours, theirs))
-
-
-def test_all_void_and_the_edge_of_confidence():
-    label = torch.full((1, 2, 3), 255)
-    assert complexmix.cross_entropy(torch.zeros(1, 2, 2, 3), label) == 0
-    how = {"weighting": "pixel", "scope": "batch", "factor": 2.0}
-    weight = complexmix.unlabeled_weight(torch.tensor([[[0.5, 0.75, 0.7]]]), 0.75, **how)
-    assert weight.tolist() == [[[0, 2, 0]]]
-
-
-def test_draws_of_two_seeds_are_not_shifted_copies():
-    first, second = ([draw_blocks((4, 16), seed, i) for i in range(64)] for seed in (0, 1))
-    assert all(first[k:-8] != second[: 56 - k] for k in range(8))
+    ours = train(camvid, "--blocks", 1, "--classes", "present", *flags)
+    theirs = train(camvid, *flags, method="classmix")
+    both = ("student", "teacher")
+    assert torch.equal(weights(ours, *both), weights(theirs, *both))

@@ -62,7 +62,7 @@ DECAY = {
     "classmix": lambda k: min(1 - 1 / (k + 1), 0.6),
     "complexmix": lambda k: min(1 - 1 / (max(0, k - 2) + 1), 0.6),
     "cowmix": lambda k: 0.6,
-    "c3semiseg": lambda k: min(1 - 1 / (max(0, k - 2) + 1), 0.6),
+    "c3semiseg": lambda k: 0.6 if k > 2 else 0,
 }
 
 

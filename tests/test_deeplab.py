@@ -1,4 +1,4 @@
-"""common/deeplab.py: layout, modes and weight files."""
+"""common/deeplab.py: the shape of the network, its modes and the files of its weights."""
 
 import re
 import sys
@@ -19,13 +19,18 @@ from common.deeplab import DeepLabV2, load_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from weight_formats import SHAPE, contents, kazuto, published, randomize, rename
+from weight_formats import SHAPE, contents, published, randomize, rename
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of the published weights, 0-255
 LAYERS = SHAPE["layers"]
 STATISTICS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # RGB
 
 CONTENTS = contents(5)
+CONTENTS["compiled"] = rename(CONTENTS["AdvSemiSeg"], {"": "_orig_mod.module."})
+CONTENTS["compiled stage"] = rename(CONTENTS["AdvSemiSeg"], {"layer1": "layer1._orig_mod"})
+CONTENTS["counted"] = CONTENTS["AdvSemiSeg"] | {"bn1.num_batches_tracked": torch.tensor(7)}
+OTHER_HEAD = {key: value for key, value in published(21).items() if key.startswith("layer5")}
+CONTENTS["21 classes"] = CONTENTS["AdvSemiSeg"] | OTHER_HEAD
 HEAD = [f"classifiers.{k}.{part}" for k in range(4) for part in ("weight", "bias")]
 
 
@@ -73,22 +78,6 @@ def test_parameter_counts(resnet101):
     assert count(p for p in affine.parameters() if p.requires_grad) == 43_901_068
 
 
-def test_layout_of_the_stages(resnet101):
-    assert resnet101.maxpool.ceil_mode
-    assert [c.dilation[0] for c in resnet101.classifiers] == [6, 12, 18, 24]
-    assert [c.padding[0] for c in resnet101.classifiers] == [6, 12, 18, 24]
-    plan = {"layer1": (3, 1, 1), "layer2": (4, 2, 1), "layer3": (23, 1, 2), "layer4": (3, 1, 4)}
-    for name, (blocks, stride, dilation) in plan.items():
-        stage = getattr(resnet101, name)
-        assert len(stage) == blocks
-        for k, block in enumerate(stage):
-            assert block.conv1.stride[0] == (stride if k == 0 else 1)
-            assert block.conv2.stride[0] == block.conv3.stride[0] == 1
-            assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
-            assert isinstance(block.downsample, nn.Sequential) == (k == 0)
-        assert stage[0].downsample[0].stride[0] == stride
-
-
 @pytest.mark.parametrize("batch_norm", ["frozen", "batch"])
 def test_batch_norm_modes(batch_norm):
     net = small(batch_norm=batch_norm, rates=(1,)).eval().train()
@@ -128,26 +117,17 @@ def assert_same(state, expected):
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
 
 
-def torchvision_net():
-    torch.manual_seed(1)
-    net = ResNet(Bottleneck, list(LAYERS)).eval()
-    randomize(net.state_dict())
-    return net
-
-
-@pytest.mark.parametrize("source", ["imagenet", "file"])
-def test_load_torchvision_weights(source, monkeypatch, tmp_path):
-    """Up to layer1 the network is torchvision's; the head stays as it was."""
-    state, model = torchvision_net().state_dict(), small(width=64)
-    torch.save(state, tmp_path / "file")
+def test_load_torchvision_weights(monkeypatch):
+    """Up to layer1 the network is torchvision's. The classifiers stay as they were."""
+    own, model = ResNet(Bottleneck, list(LAYERS)).eval(), small(width=64)
+    state = randomize(own.state_dict())
     api = mock.Mock(return_value=state)
     monkeypatch.setattr(ResNet101_Weights, "get_state_dict", api)
-    report = load_weights(model, source if source == "imagenet" else tmp_path / source)
-    assert api.call_count == (source == "imagenet")
-    assert all(call.kwargs["check_hash"] for call in api.call_args_list)
+    report = load_weights(model, "imagenet")
+    assert api.call_args.kwargs["check_hash"]
     image, outputs = torch.rand(2, 3, 33, 65), []  # of a size where ceil_mode does not matter
     x = (image - STATISTICS[0]) / STATISTICS[1]
-    for net, y in ((torchvision_net(), x), (model.eval(), model.normalize(image))):
+    for net, y in ((own, x), (model.eval(), model.normalize(image))):
         outputs.append(net.layer1(net.maxpool(net.bn1(net.conv1(y)).relu())))
     assert torch.equal(*outputs)
     assert_same(model.classifiers.state_dict(), small(width=64).classifiers.state_dict())
@@ -160,15 +140,18 @@ def test_load_torchvision_weights(source, monkeypatch, tmp_path):
 def test_imagenet_weights_without_network(error, monkeypatch):
     api = mock.Mock(side_effect=error)
     monkeypatch.setattr(ResNet101_Weights, "get_state_dict", api)
+    model = small()
     with pytest.raises(InputError, match=r"--weights imagenet: .*resnet101.*\.pth.*--weights none"):
-        load_weights(small(), "imagenet")
+        load_weights(model, "imagenet")
+    assert load_weights(model, "none").matched == []
+    assert_same(model.state_dict(), small().state_dict())
 
 
 def published_forward(state, image):
     """Features and logits of the published network, all four branches, fed with BGR, 0-255."""
 
-    def conv(x, name, **how):
-        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **how)
+    def conv(x, name, **options):
+        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **options)
 
     def norm(x, name):
         parts = ("running_mean", "running_var", "weight", "bias")
@@ -199,29 +182,14 @@ def load(content, path, **options):
     return model, load_weights(model, path)
 
 
-WRAPS = {
-    "plain": lambda state: state,
-    "num_batches_tracked": lambda state: state | {"bn1.num_batches_tracked": torch.tensor(7)},
-    "model": lambda state: {"model": state, "optimizer": {"state": {}}, "epoch": 3},
-    "module.": lambda state: rename(state, {"": "module."}),
-    "compiled": lambda state: rename(state, {"": "_orig_mod.module."}),
-    "compiled stage": lambda state: rename(state, {"layer1": "layer1._orig_mod"}),
-    "Scale.": lambda state: rename(state, {"": "Scale."}),
-    "kazuto1011": lambda state: kazuto(state, "base."),
-}
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_load_published_weights(wrap, tmp_path):
+def test_load_published_weights(tmp_path):
     """The network computes what the published one computes on BGR, 0-255."""
     state, image = published(5), torch.rand(2, 3, 200, 232)
-    model, report = load(WRAPS[wrap](state), tmp_path / "coco.pth")
+    model, report = load(state, tmp_path / "coco.pth")
     assert report.missing == report.unused == [] and len(report.matched) == len(state)
     features, logits = published_forward(state, image)
     torch.testing.assert_close(model.eval().features(image), features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
-    mean = torch.tensor(BGR_MEAN).flip(0) / 255
-    torch.testing.assert_close(model.mean.flatten(), mean)
 
 
 BGR = (torch.tensor(BGR_MEAN).flip(0) / 255, torch.full((3,), 1 / 255))
@@ -230,26 +198,31 @@ STORED = (torch.full((3,), 0.25), RGB[1])
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "statistics", "has_head", "unused"),
+    ("name", "kind", "network", "statistics", "has_head", "unused"),
     [
-        ("AdvSemiSeg", "AdvSemiSeg/ClassMix (BGR", BGR, True, 0),
-        ("ClassMix", "AdvSemiSeg/ClassMix: its model, not its ema_model (BGR", BGR, True, 0),
-        ("Pytorch-Deeplab", "AdvSemiSeg/ClassMix (BGR", BGR, True, 0),
-        ("torchvision classification", "torchvision (RGB", RGB, False, 2),
-        ("torchvision segmentation", "torchvision (RGB", RGB, False, 44),
-        ("DST-CBC", "DST-CBC/ST++: its model (BGR", BGR, True, 0),
-        ("ST++", "DST-CBC/ST++ (BGR", BGR, True, 0),
-        ("C3-SemiSeg", "C3-SemiSeg: its state_dict (RGB", RGB, True, 0),
-        ("kazuto1011", "kazuto1011 DeepLab (BGR", BGR, True, 0),
-        ("kazuto1011, COCO init", "kazuto1011 DeepLab (BGR", BGR, False, 1),
-        ("this repository", "this repository (input as stored", STORED, True, 0),
-        ("this repository, last.pt", "this repository: its student, not ", STORED, True, 0),
+        ("AdvSemiSeg", "AdvSemiSeg/ClassMix (BGR", "", BGR, True, 0),
+        ("ClassMix", "AdvSemiSeg/ClassMix (BGR", "its model, not its ema_model", BGR, True, 0),
+        ("Pytorch-Deeplab", "AdvSemiSeg/ClassMix (BGR", "", BGR, True, 0),
+        ("compiled", "AdvSemiSeg/ClassMix (BGR", "", BGR, True, 0),
+        ("compiled stage", "AdvSemiSeg/ClassMix (BGR", "", BGR, True, 0),
+        ("counted", "AdvSemiSeg/ClassMix (BGR", "", BGR, True, 0),
+        ("21 classes", "AdvSemiSeg/ClassMix (BGR", "", BGR, False, 8),
+        ("torchvision classification", "torchvision (RGB", "", RGB, False, 2),
+        ("torchvision segmentation", "torchvision (RGB", "", RGB, False, 44),
+        ("DST-CBC", "DST-CBC/ST++ (BGR", "its model", BGR, True, 0),
+        ("ST++", "DST-CBC/ST++ (BGR", "", BGR, True, 0),
+        ("C3-SemiSeg", "C3-SemiSeg (RGB", "its state_dict", RGB, True, 0),
+        ("kazuto1011", "kazuto1011 DeepLab (BGR", "", BGR, True, 0),
+        ("kazuto1011, COCO init", "kazuto1011 DeepLab (BGR", "", BGR, False, 1),
+        ("this repository", "this repository (input as stored", "", STORED, True, 0),
+        ("this repository, last.pt", "this repository (", "its student, not its ", STORED, True, 0),
     ],
 )
-def test_formats(name, kind, statistics, has_head, unused, tmp_path):
-    """Each tensor in its place, conv1 turned round where the input was BGR."""
+def test_formats(name, kind, network, statistics, has_head, unused, tmp_path):
+    """Each tensor is in its place, and conv1 is reversed if the input was BGR."""
     model, report = load(CONTENTS[name], tmp_path / "weights.pth")
-    assert report.format.startswith(kind) and len(report.unused) == unused
+    assert report.format.startswith(kind) and network in report.format
+    assert ("its " in report.format) == bool(network) and len(report.unused) == unused
     assert report.missing == ([] if has_head else HEAD)
     expected = rename(published(5), {"layer5.conv2d_list": "classifiers"})
     if statistics is BGR:
@@ -264,12 +237,12 @@ def test_formats(name, kind, statistics, has_head, unused, tmp_path):
 @pytest.mark.parametrize("student", ["model", "state_dict", "model_state", None])
 @pytest.mark.parametrize("teacher", ["ema_model", "teacher_state"])
 def test_student_before_teacher(student, teacher, tmp_path):
-    """Whatever their order in the file; the report says which it was."""
+    """The order in the file does not matter. The report says which network was taken."""
     states = {teacher: published(5, seed=1)} | ({student: published(5)} if student else {})
     model, report = load(states, tmp_path / "weights.pth")
     assert_same(model.bn1.running_var, published(5, seed=0 if student else 1)["bn1.running_var"])
-    taken = f"its {student}, not its {teacher} (" if student else f"its {teacher} ("
-    assert taken in str(report)
+    taken = f"its {student}, not its {teacher}" if student else f"its {teacher}"
+    assert f", {taken}, {len(report.matched)} tensors" in str(report)
 
 
 @pytest.mark.parametrize("headline", ["student", "teacher"])
@@ -284,14 +257,6 @@ def test_checkpoint_gives_its_headline_network(headline, tmp_path):
     assert_same(model.state_dict(), states[headline])
 
 
-def test_head_of_another_size_is_left_out(tmp_path):
-    model, report = load(published(21), tmp_path / "voc.pth", num_classes=19)
-    assert report.missing == report.unused == HEAD
-    assert "kept at initialisation: classifiers.0.weight" in str(report)
-    assert_same(model.classifiers.state_dict(), small(19).classifiers.state_dict())
-    assert_same(model.bn1.running_var, published(21)["bn1.running_var"])
-
-
 def without(state, part):
     return {key: value for key, value in state.items() if part not in key}
 
@@ -303,26 +268,21 @@ STEM = torch.zeros(4, 3, 3, 3)
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"", "not a file of tensors"),
         (b"<html>moved</html>", "not a file of tensors"),
         (nn.Conv2d(1, 1, 1), "holds a pickled torch.nn.modules.conv.Conv2d, not only"),
         ({"state_dict": {}, "best": np.float64(1)}, "multiarray.scalar, not only tensors"),
-        ({"model": nn.ReLU()}, "holds a pickled torch.nn.modules.activation.ReLU"),
         ({}, "holds no state dict"),
         ([torch.zeros(1)], "holds no state dict"),
-        ({"epoch": 3}, "holds no state dict"),
         ({"state": {0: {"step": torch.zeros(1)}}}, "holds no state dict"),
-        ({"conv1.weight": torch.zeros(4, 3, 7, 7)}, "does not fit.*bn1.weight"),
         (small(width=8).state_dict(), "does not fit.*conv1.weight"),
         (small(layers=(3, 1, 11, 1)).state_dict(), r"does not fit.*layer1\.2"),
         (without(small().state_dict(), "layer3.10."), r"does not fit.*layer3\.10"),
         (without(small().state_dict(), "std"), "does not fit.*std"),
         (without(published(5), "conv1.weight"), "does not fit.*conv1.weight"),
         (CONTENTS["deep stem (v1c)"], "deep-stem.*conv1.0.weight is 3x3"),
-        ({"backbone.conv1.0.weight": STEM, "head.weight": STEM}, "deep-stem.*backbone.conv1.0"),
         ({"module.backbone.stem.0.weight": STEM}, "deep-stem.*backbone.stem.0"),
-        ({"conv1.weight": STEM, "bn1.weight": torch.zeros(4)}, "deep-stem.*conv1.weight is 3x3"),
-        ({"conv1.weight": torch.zeros(4, 3, 7, 7), "layer1.0.conv1.weight": STEM}, "does not fit"),
+        ({"conv1.weight": STEM}, "deep-stem.*conv1.weight is 3x3"),
+        ({"conv1.weight": torch.zeros(4, 3, 7, 7), "layer1.0.conv1.weight": STEM}, "fit.*bn1.w"),
         (CONTENTS["foreign"], r"unknown keys \(encoder.weight\); known: .*torchvision"),
     ],
 )
@@ -336,20 +296,3 @@ def test_wrong_files(content, message, tmp_path):
         load_weights(model, path)
     assert "\n" not in str(error.value)
     assert_same(model.state_dict(), small().state_dict())
-
-
-def test_none_leaves_the_initialisation():
-    model = small()
-    assert load_weights(model, "none").matched == []
-    assert_same(model.state_dict(), small().state_dict())
-
-
-def test_weights_of_this_repository_keep_their_normalisation(tmp_path):
-    model = small()
-    model.mean.fill_(0.3)
-    model.std.fill_(1 / 255)
-    torch.save(model.state_dict(), tmp_path / "own.pt")
-    other = small()
-    report = load_weights(other, tmp_path / "own.pt")
-    assert report.missing == report.unused == []
-    assert_same(other.state_dict(), model.state_dict())

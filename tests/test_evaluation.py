@@ -1,23 +1,20 @@
-"""Scores by hand and the pictures."""
+"""Scores by hand, predictions for pictures of any size, and the pictures that are written."""
+
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from common import InputError, evaluation
 from common.datasets import open_dataset
-from common.evaluation import (
-    class_iou,
-    confusion_matrix,
-    evaluate,
-    iou_table,
-    predict,
-    save_prediction,
-    save_samples,
-)
+from common.evaluation import class_iou, confusion_matrix, evaluate, predict
 
 CPU = torch.device("cpu")
+ARGS = Namespace(device=CPU, workers=0, precision="fp32", weights="none")
 
 
 def test_iou_by_hand():
@@ -27,54 +24,49 @@ def test_iou_by_hand():
     assert matrix.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     iou = class_iou(matrix)
     assert iou[:2].tolist() == pytest.approx([1 / 2, 2 / 3]) and iou[2:].isnan().all()
-
-
-def test_confusion_matrix_against_a_loop():
-    generator = torch.Generator().manual_seed(0)
-    label = torch.randint(0, 6, (2, 9, 7), generator=generator)
-    label[label == 5] = 255
-    prediction = torch.randint(0, 5, (2, 9, 7), generator=generator)
-    wanted = torch.zeros(5, 5, dtype=torch.int64)
-    for t, p in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
-        if t != 255:
-            wanted[t, p] += 1
-    assert torch.equal(confusion_matrix(prediction, label, 5), wanted)
-
-
-def test_a_class_that_is_only_predicted_counts_as_zero():
     iou = class_iou(confusion_matrix(torch.tensor([0, 2]), torch.tensor([0, 0]), 3))
-    assert iou[0] == 0.5 and iou[1].isnan() and iou[2] == 0
+    assert iou[0] == 0.5 and iou[1].isnan() and iou[2] == 0  # a class that is only predicted
 
 
 class Reader(nn.Module):
-    """Reads the class off the red channel of the images that conftest writes."""
+    """Reads the class off the red channel of the images that conftest writes, and adds `shift`."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, shift: int = 0):
         super().__init__()
         self.num_classes = num_classes
+        self.register_buffer("shift", torch.tensor(shift))
 
     def features(self, image):
         assert not self.training
         return image
 
     def classify(self, features, size):
-        centres = (torch.arange(self.num_classes) * 20 + 9.5) / 255
-        logits = -(features[:, :1] - centres.view(1, -1, 1, 1)).abs()
-        return nn.functional.interpolate(logits, size, mode="bilinear", align_corners=True)
+        centers = ((torch.arange(self.num_classes) - self.shift) * 20 + 9.5) / 255
+        logits = -(features[:, :1] - centers.view(1, -1, 1, 1)).abs()
+        return F.interpolate(logits, size, mode="bilinear", align_corners=True)
 
 
 def test_evaluate_scores_a_perfect_network_and_keeps_modes(camvid):
     data = open_dataset("camvid", camvid)
-    networks = {"student": Reader(11).train(), "teacher": Reader(11).eval()}
-    scores = evaluate(networks, data.train, 11, device=CPU, workers=0)
-    assert scores["student"]["miou"] == scores["teacher"]["miou"] == 1.0
+    networks = {"student": Reader(11).train(), "teacher": Reader(11, shift=1).eval()}
+    scores = evaluate(networks, data.train, 11, ARGS)
+    assert scores["student"]["miou"] == 1.0 and scores["teacher"]["miou"] < 0.1
     assert networks["student"].training and not networks["teacher"].training
     half = open_dataset("camvid", camvid, size=(24, 32), full_labels=True)
-    assert 0.5 < evaluate(networks, half.val, 11, device=CPU, workers=0)["student"]["miou"] < 1
-    table = iou_table(scores, data.class_names)
-    assert table.splitlines()[0].split() == ["student", "teacher"]
-    assert table.splitlines()[-1].split() == ["mIoU", "100.00", "100.00"]
-    assert len(table.splitlines()) == 13
+    assert 0.5 < evaluate(networks, half.val, 11, ARGS)["student"]["miou"] < 1
+    lines = evaluation.iou_table(scores, data.class_names).splitlines()
+    assert lines[0].split() == ["student", "teacher"] and len(lines) == 13
+    assert lines[1].split()[:2] == ["sky", "100.00"] and lines[-1].split()[:2] == ["mIoU", "100.00"]
+
+
+def test_images_of_different_sizes_are_scored_whole_and_void_ones_are_refused(folder):
+    data = open_dataset("folder", folder)
+    scores = evaluate({"student": Reader(3)}, data.train, 3, ARGS)
+    assert min(scores["student"]["iou"]) > 0.8  # JPEG blurs the borders
+    for path in (folder / "labels/val").rglob("*.png"):
+        Image.new("L", (64, 44), 255).save(path)
+    with pytest.raises(InputError, match="no labeled pixel"):
+        evaluate({"student": Reader(3)}, data.val, 3, ARGS)
 
 
 def test_predict_at_any_size_equals_plain_upsampling(tmp_path):
@@ -86,7 +78,7 @@ def test_predict_at_any_size_equals_plain_upsampling(tmp_path):
     resized = np.asarray(Image.fromarray(pixels).resize(inside, Image.Resampling.BILINEAR))
     image = torch.from_numpy(resized.copy()).movedim(2, 0)[None].float() / 255
     logits = Reader(11).eval().classify(image, image.shape[-2:])
-    wanted = nn.functional.interpolate(logits, (300, 47), mode="bilinear", align_corners=True)
+    wanted = F.interpolate(logits, (300, 47), mode="bilinear", align_corners=True)
     assert prediction.dtype == np.uint8 and picture.size == (47, 300)
     assert (wanted.argmax(1)[0].numpy() == prediction).mean() > 0.999
 
@@ -98,19 +90,31 @@ def test_predict_turns_a_photograph_upright(tmp_path):
     assert predict(Reader(3), tmp_path / "a.jpg", None, CPU)[1].shape == (40, 20)
 
 
-def test_pictures(tmp_path):
-    palette = ((255, 0, 0), (0, 255, 0))
-    prediction = np.array([[0, 1], [1, 0]], np.uint8)
-    save_prediction(tmp_path, "x", Image.new("RGB", (2, 2), "black"), prediction, palette)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), prediction)
-    assert Image.open(tmp_path / "x.png").convert("RGB").getpixel((1, 0)) == (0, 255, 0)
-    assert Image.open(tmp_path / "x_overlay.png").getpixel((0, 0)) in ((127, 0, 0), (128, 0, 0))
+def test_predicted_pictures_hold_ids_and_colors(tmp_path):
+    palette, pixels = [(200, 0, 0), (0, 200, 0)], np.uint8([[[10, 0, 0], [30, 0, 0]]])
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    state = {"state": {"student": Reader(2).state_dict()}, "headline": "student"}
+    args = Namespace(checkpoint={**state, "class_names": "ab", "palette": palette}, **vars(ARGS))
+    args.predict, args.out = ["last.pt", tmp_path / "x.png"], tmp_path / "out"
+    evaluation.predict_pictures(Namespace(size=None), args, lambda *_, pretrained: Reader(2))
+    indexed = Image.open(args.out / "x.png")
+    assert np.asarray(indexed).tolist() == [[0, 1]]
+    colors = np.asarray(indexed.convert("RGB"))
+    assert colors.tolist() == [[list(color) for color in palette]]
+    overlay = np.asarray(Image.open(args.out / "x_overlay.png")).astype(int)
+    assert np.abs(2 * overlay - colors - pixels).max() <= 1
+
+
+def test_a_sheet_shows_images_labels_and_masks(tmp_path):
     columns = {
-        "image": torch.rand(2, 3, 8, 16),
-        "label": torch.tensor([0, 255]).view(2, 1, 1).expand(2, 8, 16),
-        "mask": torch.ones(2, 8, 16, dtype=torch.bool),
-        "prediction": torch.rand(2, 5, 8, 16).argmax(1),
+        "image": torch.full((2, 3, 8, 16), 0.2),
+        "label": torch.tensor([1, 255]).view(2, 1, 1).expand(2, 8, 16),
+        "mask": torch.tensor([True, False]).view(2, 1, 1).expand(2, 8, 16),
     }
-    save_samples(tmp_path / "s/sheet.png", columns, [*palette, (9, 9, 9), (8, 8, 8), (7, 7, 7)])
+    evaluation.save_samples(tmp_path / "s/sheet.png", columns, [(255, 0, 0), (0, 255, 0)])
     sheet = Image.open(tmp_path / "s/sheet.png").convert("RGB")
-    assert {(255, 0, 0), (0, 0, 0), (255, 255, 255)} <= {c for _, c in sheet.getcolors(1 << 20)}
+    width, height = sheet.size[0] // 3, (sheet.size[1] - 14) // 2
+    wanted = [[(51, 51, 51), (0, 255, 0), (255, 255, 255)], [(51, 51, 51), (0, 0, 0), (0, 0, 0)]]
+    for row in range(2):
+        y, columns = 14 + height // 2 + row * height, range(width // 2, sheet.size[0], width)
+        assert [sheet.getpixel((x, y)) for x in columns] == wanted[row]

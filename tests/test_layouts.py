@@ -12,7 +12,6 @@ from scipy.io import savemat
 
 from common import InputError, layouts
 from common.datasets import open_dataset, select
-from common.layouts import voc_palette
 
 TRAIN_ID = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11}
 TRAIN_ID |= {25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
@@ -120,16 +119,14 @@ def test_flat_cityscapes_holds_train_ids(tmp_path, ending, below):
     assert np.array_equal(data.train[0][1], raw(one(flat, "segmentation/train/*")))
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "traina/traina_000003_000019",
-        "traina_000003_000019",
-        "leftImg8bit/train/traina/traina_000003_000019_leftImg8bit.png gtFine/train/x.png",
-        "images/train/traina_000003_000019_leftImg8bit.png",
-        "traina_000003_000019_leftImg8bit",
-    ],
-)
+LINES = """traina/traina_000003_000019
+traina_000003_000019
+leftImg8bit/train/traina/traina_000003_000019_leftImg8bit.png gtFine/train/x.png
+images/train/traina_000003_000019_leftImg8bit.png
+traina_000003_000019_leftImg8bit"""
+
+
+@pytest.mark.parametrize("line", LINES.splitlines())
 def test_published_lists_of_cityscapes_resolve(tmp_path, line):
     train = open_dataset("cityscapes", write_cityscapes(tmp_path)).train
     (tmp_path / "list.txt").write_text(line)
@@ -142,7 +139,8 @@ def test_voc_lists_and_validation_images_are_kept_apart(tmp_path, capsys):
     write_voc(tmp_path, range(9), val, folder="SegmentationClassAug")
     data = open_dataset("voc", tmp_path)
     assert data.train.names == names(range(5)) and data.val.names == names(val)
-    assert data.num_classes == 21 and data.class_names[15] == "person"
+    assert data.num_classes == len(set(data.palette)) == 21 and data.class_names[15] == "person"
+    assert data.palette[:2] == ((0, 0, 0), (128, 0, 0)) and data.palette[15] == (192, 128, 128)
     assert not data.train.same_size and "'train': 10582, 'val': 1449" in capsys.readouterr().err
     lists = tmp_path / "ImageSets/SegmentationAug"
     lists.mkdir()
@@ -185,8 +183,7 @@ def test_voc_with_sbd_counts_each_image_once(tmp_path, given, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_class_ids_of_sbd_are_whole_numbers_of_any_type(tmp_path):
+def test_class_ids_of_sbd_are_whole_numbers_of_any_type(tmp_path, recwarn):
     write_voc(tmp_path, [1], [3])
     write_sbd(tmp_path, tmp_path / "benchmark_RELEASE/dataset/cls", [5])
     path = one(tmp_path, "*.mat")
@@ -198,6 +195,7 @@ def test_class_ids_of_sbd_are_whole_numbers_of_any_type(tmp_path):
         savemat(path, {"GTcls": {"Segmentation": wrong, "Boundaries": [1]}})
         with pytest.raises(InputError, match=path.name):
             open_dataset("voc", tmp_path).train[1]
+    assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
 
 
 def test_voc_detects_the_augmented_set_by_count(tmp_path, monkeypatch):
@@ -253,18 +251,16 @@ def write_over(pattern, array):
     return lambda root: Image.fromarray(array).save(one(root, pattern))
 
 
-def use_mats(content=None, name="2007_000010"):
-    """SBD's labels for images 9 to 11. One is damaged, or is the only label of another image."""
+def use_mat(number, content=None):
+    """Gives an image SBD's label alone, of 40x60 pixels or with this content (b"": damaged)."""
 
     def change(root):
-        cls = root / "benchmark_RELEASE/dataset/cls"
-        write_sbd(root, cls, range(9, 12), (40, 60))
-        path = cls / "2007_000010.mat"
-        if content is None:
-            shutil.copy(path, cls / f"{name}.mat")
-            (root / f"SegmentationClassAug/{name}.png").unlink()
-        else:
+        path = root / f"benchmark_RELEASE/dataset/cls/2007_{number:06d}.mat"
+        path.parent.mkdir(parents=True)
+        savemat(path, {"GTcls": {"Segmentation": np.zeros((40, 60)), "Boundaries": [1]}})
+        if content is not None:
             path.write_bytes(content or path.read_bytes()[:200])
+        (root / f"SegmentationClassAug/2007_{number:06d}.png").unlink()
 
     return change
 
@@ -273,10 +269,7 @@ GREY, COLOR = np.full((48, 96), 77, np.uint8), np.zeros((36, 64, 3), np.uint8)
 LABEL = "gtFine/train/trainb/trainb_000000_000019_gtFine_labelIds.png"
 BAD_TREES = [
     ("cityscapes", lambda r: shutil.rmtree(r / "gtFine"), "gtFine_trainvaltest/gtFine/train"),
-    ("cityscapes", lambda r: shutil.rmtree(r / "leftImg8bit"), "leftImg8bit/train, "),
-    ("cityscapes", lambda r: shutil.rmtree(r / "gtFine/val"), "gtFine/val: "),
     ("cityscapes", lambda r: one(r, "trainb*Ids.png").unlink(), LABEL),
-    ("cityscapes", lambda r: one(r, "valb*8bit.png").unlink(), "valb_000000_000019_gtFine"),
     ("cityscapes", write_over("traina*Ids.png", GREY), "label id 77"),
     ("cityscapes", write_over("traina*Ids.png", GREY | 255), "label id 255"),  # train ids have it
     ("cityscapes", write_over("traina*Ids.png", GREY[:8]), "(96, 8) pixels"),
@@ -287,11 +280,10 @@ BAD_TREES = [
     ("voc", lambda r: one(r, "val.txt").write_text("nobody"), "nobody has no image"),
     ("voc", lambda r: one(r, "val.txt").with_name("train_aug.txt").touch(), "aug.txt: lists no"),
     ("voc", lambda r: one(r, "2007_000007.png").unlink(), "2007_000007 has no label"),
-    ("voc", lambda r: one(r, "2007_000002.jpg").unlink(), "2007_000002 has no image"),
-    ("voc", use_mats(b"MAT"), "2007_000010.mat: an empty file"),
-    ("voc", use_mats(b""), "2007_000010.mat: a damaged file"),
-    ("voc", use_mats(name="2007_000001"), "2007_000001.mat: (60, 40) pixels"),
-    ("voc", use_mats(name="2007_000006"), "2007_000006 has no label"),  # scored on PNG masks only
+    ("voc", use_mat(0, b"MAT"), "2007_000000.mat: an empty file"),
+    ("voc", use_mat(0, b""), "2007_000000.mat: a damaged file"),
+    ("voc", use_mat(1), "2007_000001.mat: (60, 40) pixels"),
+    ("voc", use_mat(6), "2007_000006 has no label"),  # only PNG masks serve for validation
     ("bdd100k", lambda r: shutil.rmtree(r / "images"), "bdd100k/seg/images/train"),
     ("bdd100k", lambda r: shutil.rmtree(r / "labels"), "sem_seg/masks/train: no such folder"),
     ("bdd100k", write_over("train/train-1.png", COLOR), "8-bit grey or palette"),
@@ -309,34 +301,19 @@ def test_bad_trees_are_one_line(tmp_path, name, damage, expected):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-RUNS = [
-    ("cityscapes", "--size 48 64", {"train": 4, "val": 2}, "motorcycle"),
-    ("voc", "--crop 32 32", {"train": 6, "val": 2}, "diningtable"),
-    ("bdd100k", "--size 32 64", {"train": 4, "val": 2}, "motorcycle"),
-]
+RUNS = [("cityscapes", "--size 48 64"), ("voc", "--crop 32 32"), ("bdd100k", "--size 32 64")]
 
 
-@pytest.mark.parametrize(("name", "flags", "counts", "class_name"), RUNS)
-def test_each_data_set_trains_and_is_evaluated(
-    command, tmp_path, monkeypatch, name, flags, counts, class_name
-):
-    publish(monkeypatch, name, **counts)
-    out, data = tmp_path / "run", WRITE[name](tmp_path / "data")
-    args = ("--dataset", name, "--data-dir", data, "--labeled", 2, "--iterations", 2)
-    args += (*SMALL.split(), *flags.split())
-    status, printed, errors = command("classmix", *args, "--output-dir", out)
+@pytest.mark.parametrize(("name", "flags"), RUNS)
+def test_each_data_set_trains_and_is_evaluated(command, tmp_path, monkeypatch, name, flags):
+    count = 6 if name == "voc" else 4
+    publish(monkeypatch, name, train=count, val=2)
+    args = ("--dataset", name, "--data-dir", WRITE[name](tmp_path / "data"), "--labeled", 2)
+    args += (*SMALL.split(), *flags.split(), "--iterations", 2, "--output-dir", tmp_path / "run")
+    status, printed, errors = command("classmix", *args)
     assert (status, errors) == (0, "")
-    assert f"2 labeled and {counts['train'] - 2} unlabeled of {counts['train']}" in printed
+    assert f"2 labeled and {count - 2} unlabeled of {count}" in printed
     for flag in ((), ("--full-resolution",)):
-        status, printed, errors = command("classmix", "--evaluate", out / "last.pt", *flag)
-        assert (status, errors) == (0, "") and class_name in printed and "mIoU" in printed
+        status, printed, errors = command("classmix", "--evaluate", tmp_path / "run/last.pt", *flag)
+        assert (status, errors) == (0, "") and "train" in printed and "mIoU" in printed
     assert "2 val images, labels at their own size" in printed
-    shutil.rmtree(sorted(data.iterdir())[0])
-    status, _, errors = command("classmix", *args, "--output-dir", tmp_path / "again")
-    assert status == 2 and errors.count("\n") == 1 and errors.startswith("classmix.py: ")
-
-
-def test_voc_palette():
-    palette = voc_palette(21)
-    assert palette[0] == (0, 0, 0) and palette[1] == (128, 0, 0) and palette[15] == (192, 128, 128)
-    assert len(set(palette)) == 21

@@ -1,10 +1,10 @@
-"""The command line from start to finish: runs, resuming, interrupts, evaluation, bad input."""
+"""The command line of a run: what it leaves, signals, resuming, evaluation, bad input."""
 
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -12,172 +12,91 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, problems, read_log, read_state, same_state, start, stopping_train
 from PIL import Image
 
 import classmix
-from common import evaluation, flags, record, run
-from common.datasets import open_dataset
+import cowmix
+from common import InputError, evaluation, flags, run, warn
 
-ROOT = Path(__file__).parents[1]
-SMALL = ("--weights", "none", "--layers", 1, 1, 1, 1, "--width", 4, "--optimizer", "adam")
-SMALL += ("--lr", 3e-3, "--head-factor", 1, "--batch-size", 2, "--workers", 0, "--aspp-rates", 1, 2)
-TINY = (*SMALL, "--size", 48, 64)
-
-
-def read_log(folder):
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+SMALL = """--weights none --layers 1 1 1 1 --width 4 --optimizer adam --lr 3e-3 --head-factor 1
+--batch-size 2 --workers 0 --aspp-rates 1 2"""
+SMALL = tuple(SMALL.split())
+NETWORKS = ("student", "teacher")
 
 
-def same_state(a, b):
-    a, b = (torch.load(path / "last.pt", weights_only=True)["state"] for path in (a, b))
-    flat = [torch.utils._pytree.tree_flatten(state) for state in (a, b)]
-    assert flat[0][1] == flat[1][1]
-    for x, y in zip(flat[0][0], flat[1][0], strict=True):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+@pytest.fixture
+def args(camvid):
+    """Flags of a small run of ClassMix."""
+    return ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *SMALL, "--size", 24, 32)
 
 
-def test_run_leaves_everything_a_user_needs(command, camvid, tmp_path):
+@pytest.fixture
+def trained(command, args, tmp_path):
+    """The folder of a run of two steps."""
+    assert command("classmix", *args, "--iterations", 2, "--output-dir", tmp_path / "run")[0] == 0
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def refused(command):
+    """refused("--flag", value, ...) -> the one line on stderr with which ClassMix ends."""
+
+    def call(*argv) -> str:
+        status, _, errors = command("classmix", *argv)
+        assert status == 2 and errors.startswith("classmix.py: ") and errors.count("\n") == 1
+        return errors
+
+    return call
+
+
+# ---- What a run leaves ----
+
+
+def test_a_run_leaves_everything_a_user_needs(command, args, tmp_path):
     out = tmp_path / "run"
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY)
-    status, printed, errors = command(
-        "classmix", *args, "--iterations", 24, "--eval-every", 10, "--output-dir", out
-    )
-    assert (status, errors) == (0, "")
-    assert "3 labeled and 5 unlabeled of 8" in printed
+    steps = ("--iterations", 60, "--eval-every", 25, "--output-dir", out)
+    status, printed, errors = command("classmix", *args, *steps)
+    assert (status, errors) == (0, "") and "3 labeled and 5 unlabeled of 8" in printed
     for word in ("loss_l", "loss_u", "lambda", "steps/s", "left", "GiB", "pedestrian", "student"):
         assert word in printed
     names = (out / "split.txt").read_text().split()
     order = np.random.RandomState(0).permutation(8)[:3]
     assert names == [f"{k:03d}" for k in sorted(order)]
     config = json.loads((out / "config.json").read_text())
-    assert config["recipe"]["size"] == [48, 64] and config["versions"]["torch"]
+    assert config["recipe"]["size"] == [24, 32] and config["versions"]["torch"]
+    losses = [entry["loss_l"] for entry in read_log(out) if "loss_l" in entry]
+    assert losses[-1] < 0.7 * losses[0]
     evaluations = [entry for entry in read_log(out) if "student" in entry]
-    assert [entry["iteration"] for entry in evaluations] == [10, 20, 24]
+    assert [entry["iteration"] for entry in evaluations] == [25, 50, 60]
     result = json.loads((out / "result.json").read_text())
-    assert result["student"] == evaluations[-1]["student"]
-    for name in ("student", "teacher"):
+    assert len(result["teacher"]["iou"]) == 11 and result["steps_per_second"] > 0
+    for name in NETWORKS:
+        assert result[name] == evaluations[-1][name]
         scores = {entry["iteration"]: entry[name]["miou"] for entry in evaluations}
         best = result["best"][name]
         assert best["miou"] == max(scores.values()) == scores[best["iteration"]]
-    assert len(result["teacher"]["iou"]) == 11 and result["steps_per_second"] > 0
-    assert {p.name for p in (out / "samples").iterdir()} == {f"{k:06d}.png" for k in (10, 20, 24)}
+    assert {p.name for p in (out / "samples").iterdir()} == {f"{k:06d}.png" for k in (25, 50, 60)}
     status, printed, _ = command("classmix", "--evaluate", out / "last.pt")
-    assert status == 0
-    assert f"{100 * result['student']['miou']:.2f}" in printed.splitlines()[-1]
-    assert f"{100 * result['teacher']['miou']:.2f}" in printed.splitlines()[-1]
+    means = [float(text) for text in printed.splitlines()[-1].split()[1:]]
+    assert means == [round(100 * result[name]["miou"], 2) for name in NETWORKS]
     status, printed, _ = command("classmix", "--resume", out / "last.pt")
     assert status == 0 and "finished already" in printed
 
 
-@pytest.mark.parametrize("flags", [(), ("--supervised",), ("--mask", "cow", "--sigma-range", 2, 4)])
-def test_training_lowers_the_loss(command, camvid, tmp_path, flags):
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 4, *TINY)
-    command("classmix", *args, "--iterations", 60, "--output-dir", tmp_path / "run", *flags)
-    losses = [entry for entry in read_log(tmp_path / "run") if "loss_l" in entry]
-    assert losses[-1]["loss_l"] < 0.7 * losses[0]["loss_l"]
-    assert all(("loss_u" in entry) == (flags != ("--supervised",)) for entry in losses)
+def test_streets_is_the_default(command, tmp_path):
+    short = ("--iterations", 2, "--warmup", 0, "--size", 32, 64, "--output-dir", tmp_path / "run")
+    status, printed, _ = command("classmix", *short)
+    assert status == 0 and "classmix on streets" in printed
 
 
-FLAGS = [
-    ("--mask", "cut", "--weighting", "pixel"),
-    ("--weight-scope", "sample", "--unlabeled-loss", "squared-error"),
-    ("--weighting", "ramp", "--unlabeled-loss", "soft-cross-entropy", "--optimizer", "sgd"),
-    ("--weighting", "constant", "--extra-augmentations", "--nesterov", "--optimizer", "sgd"),
-    ("--crop", 32, 48, "--scale-range", 0.5, 1.5, "--flip", "--warmup", 3),
-]
-
-
-@pytest.mark.parametrize("flags", FLAGS)
-def test_every_row_of_table_3_trains(command, camvid, tmp_path, flags):
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY)
-    status, _, errors = command(
-        "classmix", *args, "--iterations", 5, *flags, "--output-dir", tmp_path / "run"
-    )
-    assert (status, errors) == (0, "")
-    assert any(entry.get("loss_u", -1) >= 0 for entry in read_log(tmp_path / "run"))
-
-
-def test_a_stopped_run_resumes_exactly(command, camvid, tmp_path, monkeypatch):
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--flip")
-    args += ("--iterations", 24, "--eval-every", 8, "--warmup", 4, "--extra-augmentations")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    command("classmix", *args, "--output-dir", whole)
-    log = run.Run.log
-
-    def log_and_kill(self, **values):
-        if self.iteration == 12 and self.start == 0 and "loss_l" in values:
-            os.kill(os.getpid(), signal.SIGTERM)
-        log(self, **values)
-
-    monkeypatch.setattr(run.Run, "log", log_and_kill)
-    status, _, errors = command("classmix", *args, "--output-dir", parts)
-    assert status == 128 + signal.SIGTERM
-    assert errors.count("\n") == 1 and "--resume" in errors and "iteration 13" in errors
-    assert not (parts / "result.json").exists()
-    status, printed, _ = command("classmix", *args, "--resume", "auto", "--output-dir", parts)
-    assert status == 0 and "resumed at iteration 13" in printed
-    same_state(whole, parts)
-    assert read_log(whole) == read_log(parts)
-
-
-def test_resume_auto_starts_and_then_finds_the_newest_run(command, camvid, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--iterations", 2)
-    assert command("classmix", *args, "--resume", "auto")[0] == 0
-    (made,) = (tmp_path / "runs").iterdir()
-    assert made.name.startswith("classmix_camvid_3_s0_weights-none") and "width-4" in made.name
-    assert "finished already" in command("classmix", *args, "--resume", "auto")[1]
-    assert command("classmix", *args)[0] == 0
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {made.name, f"{made.name}-2"}
-
-
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(command, camvid, tmp_path):
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY)
-    args += (
-        "--optimizer",
-        "sgd",
-        "--lr",
-        1e30,
-        "--save-every",
-        1,
-        "--output-dir",
-        tmp_path / "run",
-    )
-    status, _, errors = command("classmix", *args, "--iterations", 20)
-    assert status == 2 and errors.count("\n") == 1 and "not finite" in errors
-    if (tmp_path / "run/last.pt").exists():
-        state = torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]["student"]
-        assert all(tensor.isfinite().all() for tensor in state.values())
-
-
-def test_folder_trains_and_predicts_pictures_of_any_size(command, folder, tmp_path):
-    out = tmp_path / "run"
-    args = ("--dataset", "folder", "--data-dir", folder, "--crop", 32, 32, *SMALL)
-    status, printed, errors = command("classmix", *args, "--iterations", 4, "--output-dir", out)
-    assert (status, errors) == (0, "") and "6 labeled and 4 unlabeled of 10" in printed
-    picture = tmp_path / "mine.png"
-    Image.fromarray(np.full((51, 37), 90, np.uint8)).save(picture)  # grey: becomes RGB
-    status, _, _ = command(
-        "classmix", "--predict", out / "last.pt", picture, "--out", tmp_path / "p"
-    )
-    assert status == 0
-    prediction = Image.open(tmp_path / "p/mine.png")
-    assert prediction.mode == "P" and prediction.size == (37, 51)
-    assert np.asarray(prediction).max() < 3
-    assert Image.open(tmp_path / "p/mine_overlay.png").size == (37, 51)
-    status, printed, _ = command("classmix", "--evaluate", out / "last.pt", "--full-resolution")
-    assert status == 0 and "sky" in printed
-
-
-def test_tensorboard_gets_what_the_log_gets(command, camvid, tmp_path, monkeypatch):
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--tensorboard")
+def test_tensorboard_gets_what_the_log_gets(command, args, refused, tmp_path, monkeypatch):
+    args = (*args, "--tensorboard", "--iterations", 2, "--output-dir", tmp_path / "run")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    status, _, errors = command("classmix", *args, "--output-dir", tmp_path / "no")
-    assert status == 2 and "--tensorboard" in errors and not (tmp_path / "no").exists()
+    assert "--tensorboard" in refused(*args) and not (tmp_path / "run").exists()
     board = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    command("classmix", *args, "--iterations", 2, "--output-dir", tmp_path / "run")
+    command("classmix", *args)
     board.SummaryWriter.assert_called_once_with(tmp_path / "run")
     calls = [call.args for call in board.SummaryWriter.return_value.add_scalar.call_args_list]
     last = read_log(tmp_path / "run")[-1]
@@ -185,22 +104,324 @@ def test_tensorboard_gets_what_the_log_gets(command, camvid, tmp_path, monkeypat
     assert {"loss_l", "loss_u", "lambda", "lr", "teacher"} <= {name for name, *_ in calls}
 
 
-def test_streets_is_the_default(command, tmp_path):
-    status, printed, _ = command(
-        "classmix",
-        "--iterations",
-        2,
-        "--warmup",
-        0,
-        "--size",
-        32,
-        64,
-        "--output-dir",
-        tmp_path / "run",
-    )
-    assert status == 0 and "classmix on streets" in printed
-    data = open_dataset("streets", None, size=(32, 64))
-    assert data.val[0][0].shape == (3, 32, 64) and data.val[0][1].shape == (32, 64)
+FLAGS_OF_A_STEP = """
+--seed 1 | --split-seed 2 | --supervised | --size 32 32 | --crop 16 24 | --flip
+--batch-size 4 | --warmup 2 | --optimizer sgd | --lr 0.04 | --head-factor 2 | --lr-power 1
+--optimizer sgd --momentum 0.5 | --optimizer sgd --nesterov | --weight-decay 0.1 | --mask cow
+--mask cut | --mask cow --sigma-range 2 3 | --weighting pixel | --weighting ramp
+--weighting ramp --ramp-iterations 3 | --weighting constant | --weight-scope sample
+--confidence-threshold 0.35 | --unlabeled-loss soft-cross-entropy | --unlabeled-loss squared-error
+--extra-augmentations | --extra-augmentations --jitter 0.5
+--extra-augmentations --blur-sigma 2 3 --blur-probability 1
+--extra-augmentations --jitter-probability 1 | --scale-range 0.5 1.5 --crop 24 32
+--ema-decay 0.1 | --supervised --ema-decay 0.1
+"""
+
+
+def test_every_flag_of_classmix_reaches_the_step(command, args, tmp_path):
+    """No two of these runs end with the same student, but for the last two."""
+    students, teachers = {}, {}
+    steps = ("--iterations", 4, "--warmup", 1, "--no-flip", "--confidence-threshold", 0.4)
+    texts = ["", *FLAGS_OF_A_STEP.strip().replace("\n", " | ").split(" | ")]
+    for text in texts:
+        out = tmp_path / (text or "plain").replace(" ", "_")
+        status, _, errors = command("classmix", *args, *steps, "--output-dir", out, *text.split())
+        assert (status, errors) == (0, ""), text
+        for networks, name in ((students, "student"), (teachers, "teacher")):
+            parts = [tensor.flatten().double() for tensor in read_state(out)[name].values()]
+            networks[text] = torch.cat(parts).numpy().tobytes()
+    assert len(set(teachers.values())) == len(texts)
+    assert students.pop(texts[-1]) == students["--supervised"]  # the teacher labels nothing
+    assert len(set(students.values())) == len(texts) - 1
+
+
+# ---- Signals, checkpoints and errors ----
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)])
+def test_the_second_signal_does_not_wait_for_the_step(command, args, tmp_path, monkeypatch, numbers):
+    monkeypatch.setattr(classmix, "train", stopping_train("classmix", 3, *numbers))
+    out = tmp_path / "a run"
+    status, _, errors = command("classmix", *args, "--save-every", 2, "--output-dir", out)
+    saved = torch.load(out / "last.pt", weights_only=True)["iteration"]
+    if len(numbers) == 1:
+        line = "stopped by SIGINT after iteration 3; go on with python classmix.py"
+        assert errors == f"classmix.py: {line} --resume '{out / 'last.pt'}'\n"
+        assert (status, saved) == (130, 3)
+    else:
+        assert errors == "classmix.py: stopped by SIGTERM\n" and (status, saved) == (143, 2)
+    assert not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_loader_processes_leave_with_one_line(args, tmp_path, everyone):
+    """A terminal sends its signal to every process of the group, kill only to one."""
+    long = ("--workers", 2, "--iterations", 100_000, "--save-every", 90_000)
+    long += ("--eval-every", 90_000, "--output-dir", tmp_path / "run")
+    process = start("classmix.py", *args, *long, start_new_session=True)
+    while "loss_u" not in process.stdout.readline() and process.poll() is None:
+        pass
+    (os.killpg if everyone else os.kill)(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    (line,) = problems(errors)
+    assert process.returncode == 143 and "--resume" in line and (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("file: bad"), 2, "file: bad"),
+        (InputError("Traceback\n in a worker\ncommon.InputError: bad"), 2, "bad"),
+        (OSError(28, "No space left"), 2, "[Errno 28] No space left"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),  # while data or weights are read
+    ],
+)
+def test_a_command_ends_with_one_line(command, monkeypatch, error, status, line):
+    def train(*_):
+        if isinstance(error, Exception):
+            raise error
+        signal.raise_signal(error)
+
+    monkeypatch.setattr(cowmix, "train", train)
+    assert command("cowmix") == (status, "", f"cowmix.py: {line}\n")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(command, args, tmp_path, monkeypatch):
+    """Files may not grow beyond 4 kB after the first checkpoint."""
+
+    class Filling(run.Session):
+        def end_step(self, iteration, pictures):
+            if iteration == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            super().end_step(iteration, pictures)
+
+    out, train, limits = tmp_path / "run", classmix.train, resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(classmix, "train", lambda *what: train(*what, make_session=Filling))
+    flags = ("--save-every", 2, "--iterations", 8, "--output-dir", out)
+    try:
+        status, _, errors = command("classmix", *args, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and errors.startswith(f"classmix.py: {out}/last.pt: cannot be written")
+    assert errors.count("\n") == 1 and not list(out.glob("*.partial"))
+    assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 2
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(refused, args, tmp_path):
+    flags = ("--optimizer", "sgd", "--lr", 1e30, "--iterations", 20, "--save-every", 1)
+    line = refused(*args, *flags, "--output-dir", tmp_path / "run")
+    assert "is not finite at iteration" in line and "lower --lr?" in line
+    if (tmp_path / "run/last.pt").exists():
+        student = read_state(tmp_path / "run")["student"]
+        assert all(tensor.isfinite().all() for tensor in student.values())
+
+
+def test_a_checkpoint_is_written_before_it_is_evaluated(command, args, tmp_path, monkeypatch):
+    saved, evaluate = [], evaluation.evaluate
+
+    def evaluating(*what):
+        saved.append(torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"])
+        return evaluate(*what)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluating)
+    flags = ("--save-every", 99, "--iterations", 5, "--eval-every", 2)
+    assert command("classmix", *args, *flags, "--output-dir", tmp_path / "run")[0] == 0
+    assert saved == [2, 4, 4]  # the end of the run saves after its evaluation
+
+
+HIDING = """
+import os, signal, sys
+import fcntl, numpy, PIL.Image, scipy.io, torch, torchvision
+access, sync = fcntl.fcntl, os.fsync
+def windows_sync(file):
+    if access(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(9, "Bad file descriptor")
+    sync(file)
+os.fsync = windows_sync
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("SIGALRM", "SIGCHLD", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGXFSZ", "alarm", "setitimer"):
+    delattr(signal, name)
+for name in ("setpgrp", "getpgrp", "setpgid", "getpgid", "setsid", "killpg", "fork", "statvfs",
+             "geteuid", "getuid", "nice", "sched_getaffinity", "uname"):
+    delattr(os, name)
+sys.path.insert(0, os.getcwd())
+import classmix
+classmix.main()
+"""
+
+
+def test_one_process_needs_nothing_that_only_posix_has(args, tmp_path):
+    run = start("-c", HIDING, *args, "--iterations", 2, "--output-dir", tmp_path / "run")
+    printed, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and problems(errors) == [] and "headline" in printed, errors
+    run = start("-c", HIDING, "--evaluate", tmp_path / "run/last.pt")
+    printed, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and problems(errors) == [] and "mIoU" in printed, errors
+
+
+def test_ranks_but_the_first_do_not_warn(monkeypatch, capsys):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        warn(f"by {rank}")
+    assert capsys.readouterr().err == "warning: by 0\n"
+
+
+# ---- Folders, resuming ----
+
+
+def test_numbered_folders_and_resume_auto(command, args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = (*args, "--iterations", 2)
+    assert command("classmix", *args, "--resume", "auto")[0] == 0  # nothing there: a new run
+    (made,) = Path("runs").iterdir()
+    assert made.name.startswith("classmix_camvid_3_s0_weights-none_")
+    assert "finished already" in command("classmix", *args, "--resume", "auto")[1]
+    before = (made / "last.pt").stat().st_mtime_ns
+    for name in (f"{made.name}-2", f"{made.name}-3"):
+        assert command("classmix", *args)[0] == 0 and (Path("runs") / name / "last.pt").exists()
+    last = f"{made}-3/last.pt"
+    assert f"output in {made}-3\n" in command("classmix", *args, "--resume", "auto")[1]
+    os.remove(last)  # a run that was killed before its first checkpoint
+    assert f"output in {made}-2\n" in command("classmix", *args, "--resume", "auto")[1]
+    assert (made / "last.pt").stat().st_mtime_ns == before
+
+
+PARSED = [
+    ("", "cityscapes_1-8_s0"),
+    ("--labeled 100 --seed 3", "cityscapes_100_s3"),
+    ("--labeled 1/30 --split-seed 2 --supervised", "cityscapes_1-30_s0_split-seed-2_supervised"),
+    ("--labeled-list lists/one.txt", "cityscapes_one_s0"),
+    ("--weights w/coco.pth --no-flip --lr 2.5e-4", "cityscapes_1-8_s0_weights-coco"),
+    ("--flip --size 64 128", "cityscapes_1-8_s0_flip_size-64x128"),
+    ("--workers 3 --save-every 7 --device cpu --eval-every 2", "cityscapes_1-8_s0"),
+]
+
+
+@pytest.mark.parametrize(("given", "name"), PARSED)
+def test_folders_name_what_differs_from_the_recipe(tmp_path, monkeypatch, given, name):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset", "cityscapes", *given.split()]
+    _, args = flags.parse_args("classmix", "", classmix.RECIPES, argv=argv)
+    assert args.output_dir == Path(f"runs/classmix_{name}")
+
+
+def test_the_size_takes_the_crop_of_images_of_any_size_away():
+    def crop(*argv):
+        argv = ["--dataset", "voc", *argv]
+        recipe, _ = flags.parse_args("classmix", "", classmix.RECIPES, argv=argv)
+        return recipe.crop, recipe.scale_range
+
+    assert crop() == ((321, 321), (0.5, 1.5)) and crop("--size", "64", "64") == (None, (1.0, 1.0))
+    assert crop("--size", "64", "64", "--crop", "32", "32") == ((32, 32), (0.5, 1.5))
+
+
+def test_help_names_every_flag_and_the_presets(command):
+    status, printed, errors = command("classmix", "--help")
+    text = " ".join(printed.split())
+    assert (status, errors) == (0, "") and "ClassMix" in text
+    for field in classmix.RECIPES["streets"].__dataclass_fields__:
+        assert f"--{field.replace('_', '-')} " in text
+    assert "learning rate of the backbone [cityscapes, voc, camvid, bdd100k, folder: 0.00025;" in text
+    assert "[default: 0.9]" in text and "[default: False]" in text
+
+
+def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
+    command, refused, args, tmp_path, monkeypatch
+):
+    state = classmix.network(classmix.RECIPES["streets"], 11, pretrained=False).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    (tmp_path / "list.txt").write_text("001\n004\n006\n")
+    place = args.index("--labeled")
+    args = (*args[:place], "--labeled-list", tmp_path / "list.txt", *args[place + 2 :])
+    args += ("--width", 16, "--weights", tmp_path / "w.pth", "--iterations", 3)
+    out, other, moved = tmp_path / "run", tmp_path / "other", tmp_path / "moved"
+    with monkeypatch.context() as patch:
+        patch.setattr(classmix, "train", stopping_train("classmix", 2, signal.SIGINT))
+        assert command("classmix", *args, "--eval-every", 2, "--output-dir", out)[0] == 130
+    assert command("classmix", *args, "--seed", 3, "--output-dir", other)[0] == 0
+    (tmp_path / "w.pth").unlink()
+    (tmp_path / "list.txt").unlink()
+    before = (other / "last.pt").read_bytes()
+    resume = ("--resume", out / "last.pt", "--output-dir")
+    assert "holds a run" in refused(*resume, other) and (other / "last.pt").read_bytes() == before
+    assert command("classmix", *resume, moved)[0] == 0
+    assert (moved / "split.txt").read_text() == "001\n004\n006\n"
+    assert (moved / "config.json").exists() and (moved / "result.json").exists()
+    assert read_log(moved)[-1]["iteration"] == 3
+
+
+def test_checkpoints_that_do_not_fit_are_refused(refused, args, trained, folder, tmp_path):
+    last, other = trained / "last.pt", tmp_path / "other.pt"
+    good = torch.load(last, weights_only=True)
+    torch.save({**good, "method": "cowmix"}, other)
+    assert "cowmix" in refused("--resume", other)
+    flags = ("--dataset", "folder", "--data-dir", folder)
+    assert "11 classes" in refused("--evaluate", last, *flags)
+    assert "--width" in refused("--resume", last, "--width", 8)
+    assert "holds a run" in refused(*args, "--output-dir", trained)
+    assert "does not fit" in refused("--evaluate", last, "--width", 8)
+    torch.save({**good, "labeled_names": ["x"]}, other)
+    assert "training images" in refused("--resume", other)
+    torch.save(good["state"]["student"], other)
+    assert "not a checkpoint" in refused("--evaluate", other)
+    torch.save({**good, "recipe": {**good["recipe"], "old": 1}}, other)
+    assert "another version" in refused("--evaluate", other)
+
+
+# ---- Evaluating and predicting ----
+
+
+def test_evaluation_at_full_resolution_and_on_another_data_set(
+    command, refused, trained, tmp_path, monkeypatch
+):
+    flags = ("--evaluate", trained / "last.pt")
+    resized, full = (command("classmix", *flags, *more)[1] for more in ((), ("--full-resolution",)))
+    assert "labels at 24x32" in resized and "labels at their own size" in full
+    assert resized.splitlines()[1:] != full.splitlines()[1:]
+    monkeypatch.chdir(tmp_path)  # the folder of the first data set is not looked into
+    line = refused(*flags, "--dataset", "bdd100k")
+    assert f"--data-dir {Path('data/bdd100k')}: no such folder" in line
+
+
+def test_folder_trains_and_predicts_pictures_of_any_size(command, folder, tmp_path):
+    out = tmp_path / "run"
+    args = ("--dataset", "folder", "--data-dir", folder, "--crop", 32, 32, *SMALL)
+    status, printed, errors = command("classmix", *args, "--iterations", 4, "--output-dir", out)
+    assert (status, errors) == (0, "") and "6 labeled and 4 unlabeled of 10" in printed
+    picture, predicted = tmp_path / "mine.png", []
+    noise = np.random.default_rng(0).integers(0, 256, (51, 37)).astype(np.uint8)
+    Image.fromarray(noise).save(picture)  # grey: becomes RGB
+    good = torch.load(out / "last.pt", weights_only=True)
+    for other in NETWORKS:  # the headline of ClassMix is the student
+        state = {name: good["state"][other] for name in NETWORKS} | {"teacher": {}}
+        if other == "student":
+            state["teacher"] = good["state"]["teacher"]
+        torch.save({**good, "state": state}, tmp_path / "other.pt")
+        flags = ("--predict", tmp_path / "other.pt", picture, "--out", tmp_path / other)
+        assert command("classmix", *flags)[0] == 0
+        predicted.append(Image.open(tmp_path / other / "mine.png"))
+    assert predicted[0].mode == "P" and predicted[0].size == (37, 51)
+    assert np.asarray(predicted[0]).max() < 3
+    assert not np.array_equal(*map(np.asarray, predicted))
+    assert Image.open(tmp_path / "student/mine_overlay.png").size == (37, 51)
+    status, printed, _ = command("classmix", "--evaluate", out / "last.pt", "--full-resolution")
+    assert status == 0 and "sky" in printed
+
+
+def test_predictions_never_overwrite_a_picture(refused, camvid, trained, tmp_path):
+    before = (camvid / "train/000.png").read_bytes()
+    picture, overlay = tmp_path / "own.png", tmp_path / "own_overlay.png"
+    picture.write_bytes(before)
+    overlay.write_bytes(before)
+    flags = ("--predict", trained / "last.pt")
+    assert "overwrite" in refused(*flags, picture, "--out", tmp_path)
+    assert picture.read_bytes() == overlay.read_bytes() == before
+    out = tmp_path / "out"
+    assert "overwrite" in refused(*flags, picture, overlay, "--out", out) and not out.exists()
+
+
+# ---- Bad input ----
 
 
 def truncate(path):
@@ -243,270 +464,81 @@ BAD_TREES = {
 @pytest.mark.parametrize(
     ("name", "workers"), [*((name, 0) for name in BAD_TREES), ("truncated", 1), ("id", 1)]
 )
-def test_bad_data_is_one_line_that_names_the_file(command, camvid, tmp_path, name, workers):
+def test_bad_data_is_one_line_that_names_the_file(refused, args, camvid, tmp_path, name, workers):
     damage, expected = BAD_TREES[name]
     damage(camvid)
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY)
-    args += ("--workers", workers, "--iterations", 6, "--output-dir", tmp_path / "run")
-    status, _, errors = command("classmix", *args)
-    assert status == 2
-    assert errors.startswith("classmix.py: ") and errors.count("\n") == 1 and expected in errors
+    flags = ("--workers", workers, "--iterations", 6, "--output-dir", tmp_path / "run")
+    assert expected in refused(*args, *flags)
 
 
-BAD_FLAGS = [
-    (("--labeled", "0"), "--labeled 0"),
-    (("--labeled", "9"), "--labeled 9"),
-    (("--labeled", "many"), "--labeled many"),
-    (("--labeled", "1/0"), "--labeled 1/0"),
-    (("--labeled", "7", "--batch-size", "2"), "only 1 unlabeled"),
-    (("--batch-size", "1"), "no other to be mixed with"),
-    (("--labeled-list", "nowhere.txt"), "--labeled-list"),
-    (("--warmup", "9"), "--warmup 9"),
-    (("--evaluate", ""), "no such checkpoint"),
-    (("--scale-range", "0.5", "2"), "--scale-range: needs --crop"),
-    (("--full-resolution",), "--full-resolution: goes with --evaluate"),
-    (("--device", "meta"), "meta"),
-    (("--batch-size", "-1"), "--batch-size"),
-    (("--lr", "nan"), "--lr"),
-    (("--ema-decay", "1.5"), "--ema-decay"),
-    (("--sigma-range", "0", "4"), "--sigma-range"),
-    (("--scale-range", "1.5", "0.5"), "--scale-range: 1.5 is above 0.5"),
-    (("--seed", "4294967296"), "--seed"),
-    (("--colour",), "--colour"),
-    (("--dataset", "mars"), "mars"),
-    (("--data-dir", "camvdi"), "camvdi"),
-    (("--weights", "/etc/hostname"), "/etc/hostname"),
-    (("--weights", "nowhere.pth"), "nowhere.pth"),
-    (("--resume", "nowhere.pt"), "nowhere.pt"),
-    (("--evaluate", "/etc/hostname"), "/etc/hostname"),
-    (("--predict", "nowhere.pt"), "nowhere.pt"),
-    (("--device", "cuda:99"), "cuda"),
-    (("--device", "gpu"), "gpu"),
-    (("--output-dir", "/dev/null/run"), "/dev/null/run"),
-]
-
-
-@pytest.mark.parametrize(("flags", "expected"), BAD_FLAGS)
-def test_bad_flags_are_one_line(command, camvid, tmp_path, monkeypatch, flags, expected):
-    monkeypatch.chdir(tmp_path)
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--iterations", 1)
-    status, printed, errors = command("classmix", *args, *flags)
-    assert status == 2 and expected in errors
-    assert errors.startswith("classmix.py: ") and errors.count("\n") == 1
-    assert not (tmp_path / "runs").exists() and "iteration" not in printed
-
-
-def test_networks_are_compiled_where_they_can_be(monkeypatch, capsys):
-    monkeypatch.setattr(flags, "_device", lambda _: torch.device("cuda"))
-    monkeypatch.delenv("CC", raising=False)
-    for compiler in ("/usr/bin/gcc", None):
-        monkeypatch.setattr(flags, "which", lambda _, found=compiler: found)
-        _, args = flags.parse_args("classmix", "", classmix.RECIPES, argv=[])
-        assert args.precision == "bf16" and args.compile == (compiler is not None)
-        assert capsys.readouterr().err.startswith("warning: no C compiler") != args.compile
-
-
-def test_checkpoints_that_do_not_fit_are_refused(command, camvid, folder, tmp_path):
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--iterations", 1)
-    out = tmp_path / "run"
-    command("classmix", *args, "--output-dir", out)
-    good = torch.load(out / "last.pt", weights_only=True)
-
-    def refused(*flags):
-        status, _, errors = command("classmix", *flags)
-        assert status == 2 and errors.count("\n") == 1
-        return errors
-
-    torch.save({**good, "method": "cowmix"}, tmp_path / "other.pt")
-    assert "cowmix" in refused("--resume", tmp_path / "other.pt")
-    flags = ("--dataset", "folder", "--data-dir", folder)
-    assert "11 classes" in refused("--evaluate", out / "last.pt", *flags)
-    assert "--width" in refused("--resume", out / "last.pt", "--width", 8)
-    assert "holds a run" in refused(*args, "--output-dir", out)
-    torch.save({**good, "labeled_names": ["x"]}, tmp_path / "other.pt")
-    assert "training images" in refused("--resume", tmp_path / "other.pt")
-    torch.save(good["state"]["student"], tmp_path / "other.pt")
-    assert "not a checkpoint" in refused("--evaluate", tmp_path / "other.pt")
-
-
-def weights_after(command, camvid, out, *flags):
-    """The student after 4 steps from the second on with unlabeled data, and the teacher."""
-    base = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 4, "--output-dir", out)
-    small = ("--weights", "none", "--layers", 1, 1, 1, 1, "--width", 4, "--workers", 0)
-    steps = ("--size", 48, 64, "--iterations", 4, "--warmup", 1, "--eval-every", 4, "--lr", 0.05)
-    sure = () if "--confidence-threshold" in flags else ("--confidence-threshold", 0.6)
-    status, _, errors = command("classmix", *base, *small, *steps, *sure, *flags)
-    assert (status, errors) == (0, "")
-    state = torch.load(out / "last.pt", weights_only=True)["state"]
-    return [torch.cat([v.flatten().float() for v in state[n].values()]) for n in NETWORKS]
-
-
-NETWORKS = ("student", "teacher")
-FLAGS_OF_A_STEP = """
---seed 1 | --split-seed 2 | --supervised | --size 64 64 | --crop 32 48 | --no-flip
---batch-size 4 | --warmup 2 | --optimizer adam | --lr 0.04 | --head-factor 1 | --lr-power 1
---momentum 0.5 | --nesterov | --weight-decay 0.1 | --mask cow | --mask cut
---weighting pixel | --weighting ramp | --weighting constant | --weight-scope sample
---confidence-threshold 0.5 | --unlabeled-loss soft-cross-entropy
---unlabeled-loss squared-error | --extra-augmentations | --scale-range 0.5 1.5 --crop 48 64
+BAD_FLAGS = """
+--labeled 0 | --labeled 0
+--labeled 9 | --labeled 9
+--labeled many | --labeled many
+--labeled 1/0 | --labeled 1/0
+--labeled 7 --batch-size 2 | only 1 unlabeled
+--labeled 3 --labeled-list nowhere.txt | not allowed with
+--batch-size 1 | --batch-size 1: mixing needs at least 2 unlabeled images
+--batch-size 6 --accumulate 4 | --batch-size 6: cannot be split into 4
+--batch-size 2 --accumulate 2 | --batch-size 2: mixing needs
+--warmup 9 | 1 iterations, but 9 of them are warm-up
+--evaluate  | no such checkpoint
+--scale-range 0.5 2 | --scale-range: needs --crop
+--nesterov --momentum 0 | --nesterov: needs --momentum
+--full-resolution | --full-resolution: only goes with --evaluate
+--scale-range 1.5 0.5 | --scale-range: 1.5 is above 0.5
+--colour | --colour
+--out | --out
+--itera 3 | --itera
+--dataset mars | mars
+--data-dir camvdi | camvdi
+--weights /etc/hostname | /etc/hostname
+--weights nowhere.pth | nowhere.pth
+--resume nowhere.pt | nowhere.pt
+--evaluate /etc/hostname | /etc/hostname
+--resume a.pt --evaluate b.pt | not allowed with
+--predict nowhere.pt | nowhere.pt
+--device cuda:99 | cuda
+--device gpu | gpu
+--device meta | meta
+--output-dir /dev/null/run | /dev/null/run
+--batch-size 0 | 0 is not a number from 1
+--batch-size 2.5 | --batch-size
+--warmup -1 | -1 is not a number from 0
+--seed 4294967296 | 4294967296 is not a number from 0 to 4294967295
+--lr -1 | -1 is not a number from 0
+--lr nan | nan is not a number
+--lr inf | inf is not a number
+--ema-decay 1.5 | 1.5 is not a number from 0 to 1
+--sigma-range 0 4 | 0 is not a number from 1e-09
+--size 24 | --size
+--layers 1 1 1 0 | 0 is not a number from 1
+--mask box | --mask
 """
 
 
-@pytest.mark.parametrize("flags", FLAGS_OF_A_STEP.strip().replace("\n", " | ").split(" | "))
-def test_every_flag_reaches_the_step(command, camvid, tmp_path, flags):
-    plain = weights_after(command, camvid, tmp_path / "plain")[0]
-    changed = weights_after(command, camvid, tmp_path / "changed", *flags.split())[0]
-    assert not torch.equal(plain, changed)
-
-
-def test_the_ema_decay_reaches_the_teacher_alone(command, camvid, tmp_path):
-    student, teacher = weights_after(command, camvid, tmp_path / "a")
-    other_student, other_teacher = weights_after(
-        command, camvid, tmp_path / "b", "--ema-decay", 0.1
-    )
-    assert not torch.equal(teacher, other_teacher) and not torch.equal(student, other_student)
-    flags = ("--supervised", "--ema-decay", 0.1)
-    student, teacher = weights_after(command, camvid, tmp_path / "c", "--supervised")
-    other_student, other_teacher = weights_after(command, camvid, tmp_path / "d", *flags)
-    assert not torch.equal(teacher, other_teacher) and torch.equal(student, other_student)
-
-
-def test_what_the_loop_hands_over(command, camvid, tmp_path, monkeypatch):
-    losses, updates, drawn, seeds = [], [], [], []
-    loss, update, batches = classmix.classmix_loss, classmix.update_teacher, run.Batches
-    step_seed = run.Run.step_seed
-
-    def spy_loss(student, teacher, image, **options):
-        losses.append((student.training, teacher.training))
-        return loss(student, teacher, image, **options)
-
-    def spy_update(teacher, student, **options):
-        updates.append(options)
-        update(teacher, student, **options)
-
-    def spy_batches(*what, **options):
-        drawn.append(what[1])
-        return batches(*what, **options)
-
-    def spy_seed(self, purpose):
-        seeds.append(step_seed(self, purpose))
-        return seeds[-1]
-
-    monkeypatch.setattr(classmix, "classmix_loss", spy_loss)
-    monkeypatch.setattr(classmix, "update_teacher", spy_update)
-    monkeypatch.setattr(run, "Batches", spy_batches)
-    monkeypatch.setattr(run.Run, "step_seed", spy_seed)
-    weights_after(command, camvid, tmp_path / "run")
-    assert losses == [(True, True)] * 3
-    decays = pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
-    assert [options["decay"] for options in updates] == decays
-    assert {options["buffers"] for options in updates} == {"copy"}
-    labeled, unlabeled = drawn
-    assert len(labeled) == len(unlabeled) == 4 and sorted(labeled + unlabeled) == list(range(8))
-    assert len(set(seeds)) == len(seeds) == 6  # masks and colour of three steps
-
-
-def test_full_resolution_and_the_headline(command, camvid, tmp_path, monkeypatch):
-    weights_after(command, camvid, tmp_path / "run", "--size", 24, 32)
-    asked, opened = [], evaluation.open_dataset
-
-    def spy_open(*what, **options):
-        asked.append(options)
-        return opened(*what, **options)
-
-    monkeypatch.setattr(evaluation, "open_dataset", spy_open)
-    flags = ("--evaluate", tmp_path / "run/last.pt")
-    plain, full = (command("classmix", *flags, *more)[1] for more in ((), ("--full-resolution",)))
-    assert [options["full_labels"] for options in asked] == [False, True] and plain != full
-    loaded = []
-    monkeypatch.setattr(evaluation, "predict", lambda network, *_: loaded.append(network) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        picture = camvid / "train/000.png"
-        command("classmix", "--predict", tmp_path / "run/last.pt", picture, "--out", tmp_path)
-    student = torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]["student"]
-    assert torch.equal(loaded[0].state_dict()["conv1.weight"], student["conv1.weight"])
-
-
-def test_another_data_set_is_not_looked_for_in_the_folder_of_the_first(
-    command, camvid, tmp_path, monkeypatch
-):
-    weights_after(command, camvid, tmp_path / "run")
+@pytest.mark.parametrize("line", BAD_FLAGS.strip().split("\n"))
+def test_bad_flags_are_one_line(refused, args, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    flags = ("--evaluate", tmp_path / "run/last.pt", "--dataset", "bdd100k")
-    status, _, errors = command("classmix", *flags)
-    assert status == 2 and f"--data-dir {Path('data/bdd100k')}: no such folder" in errors
+    given, expected = line.split(" | ")
+    given = given.split(" ")
+    if "--labeled-list" not in given and "--labeled" not in given:
+        given = ["--labeled", "3", *given]
+    place = args.index("--labeled")
+    args = (*args[:place], *args[place + 2 :], "--iterations", 1)
+    assert expected in refused(*args, *given)
+    assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_written_atomically_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    calls, sync, move = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or sync(file))
-    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("move") or move(*paths))
-    record.write_atomically(tmp_path / "file", lambda path: path.write_text("x"))
-    assert calls == ["sync", "move"] and (tmp_path / "file").read_text() == "x"
-
-
-def test_predictions_never_overwrite_a_picture(command, camvid, tmp_path):
-    weights_after(command, camvid, tmp_path / "run")
-    picture = tmp_path / "own.png"
-    picture.write_bytes((camvid / "train/000.png").read_bytes())
-    before = picture.read_bytes()
-    flags = ("--predict", tmp_path / "run/last.pt")
-    status, _, errors = command("classmix", *flags, picture, "--out", tmp_path)
-    assert status == 2 and "overwrite" in errors and picture.read_bytes() == before
-    (tmp_path / "own_overlay.png").write_bytes(before)
-    both = (picture, tmp_path / "own_overlay.png")
-    status, _, errors = command("classmix", *flags, *both, "--out", tmp_path / "out")
-    assert status == 2 and "overwrite" in errors and not (tmp_path / "out").exists()
-
-
-def test_resuming_needs_neither_weights_file_nor_list_and_spares_other_runs(
-    command, camvid, tmp_path
-):
-    state = classmix.network(classmix.RECIPES["streets"], 11, False).state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    (tmp_path / "list.txt").write_text("001\n004\n006\n")
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled-list", tmp_path / "list.txt")
-    args += (*TINY, "--width", 16, "--weights", tmp_path / "w.pth", "--iterations", 3)
-    out, other = tmp_path / "run", tmp_path / "other"
-    assert command("classmix", *args, "--output-dir", out)[0] == 0
-    assert command("classmix", *args, "--seed", 3, "--output-dir", other)[0] == 0
-    (tmp_path / "w.pth").unlink()
-    (tmp_path / "list.txt").unlink()
-    assert command("classmix", "--resume", out / "last.pt")[0] == 0
-    before = (other / "last.pt").read_bytes()
-    status, _, errors = command("classmix", "--resume", out / "last.pt", "--output-dir", other)
-    assert status == 2 and "holds a run" in errors and (other / "last.pt").read_bytes() == before
-    moved = tmp_path / "moved"
-    assert command("classmix", "--resume", out / "last.pt", "--output-dir", moved)[0] == 0
-    assert (moved / "config.json").exists() and (
-        moved / "split.txt"
-    ).read_text() == "001\n004\n006\n"
-
-
-def problems(errors: str) -> list[str]:
-    """Lines on stderr but for the warning that this is not the whole of CamVid."""
-    return [line for line in errors.splitlines() if not line.startswith("warning: --data-dir")]
-
-
-@pytest.mark.parametrize("everyone", [False, True])
-def test_loader_processes_leave_with_one_line(camvid, tmp_path, everyone):
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", 3, *TINY, "--workers", 2)
-    args += ("--iterations", 100_000, "--save-every", 90_000, "--eval-every", 90_000)
-    command = [sys.executable, ROOT / "classmix.py", *args, "--output-dir", tmp_path / "run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*map(str, command)], **pipes, start_new_session=True)
-    while "loss_u" not in process.stdout.readline() and process.poll() is None:
-        pass
-    (os.killpg if everyone else os.kill)(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert len(problems(errors)) == 1 and "--resume" in errors
-    assert (tmp_path / "run/last.pt").exists()
-
-
-def test_bad_data_in_a_loader_process_is_one_line(camvid, tmp_path):
-    truncate(camvid / "train/002.png")
-    args = ("--dataset", "camvid", "--data-dir", camvid, "--labeled", "1.0", *TINY, "--workers", 2)
-    command = [sys.executable, ROOT / "classmix.py", *args, "--output-dir", tmp_path / "run"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and len(problems(done.stderr)) == 1 and "002.png" in done.stderr
+def test_networks_are_compiled_where_they_can_be(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    for compiler in ("/usr/bin/gcc", None):
+        monkeypatch.setattr(shutil, "which", lambda _, found=compiler: found)
+        _, args = flags.parse_args("classmix", "", classmix.RECIPES, argv=[])
+        assert args.device == torch.device("cuda:0") and args.precision == "bf16"
+        assert args.compile == (compiler is not None)
+        assert capsys.readouterr().err.startswith("warning: no C compiler") != args.compile
