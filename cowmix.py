@@ -4,7 +4,6 @@ A mean teacher labels two clean images. The student sees a mix of the two and le
 same mix of the teacher's labels. The mask of the mix is smooth noise, thresholded, with spots like
 those of a Friesian cow.
 
-    function                 paper
     cow_mask                 section 3.4, listing 1 (M = 1 is True)
     box_mask                 the rectangle of section 3.3
     mix                      mix(a, b, M) of section 3.3 is mix(M, b, a) here
@@ -15,34 +14,27 @@ those of a Friesian cow.
     random_affine, aug_loss  standard augmentation (D.1), predictions aligned by A B^-1 (D.1.1)
     UNet                     figure 7, table 4
 
-Corrected in the listings: names (1: scipy.ndimage.filters, Ns; 2: y_t, y_s, mask), the teacher's
-input in 3 (xb, not yb), max without its indices, the mean of floats, squared_diff, no gradient.
+    choice              paper            published code (1)   here          flag
+    squared distance    mean over K      sum, weight 1        mean          --consistency-weight
+    boxes               any area (3.3)   CutMix: half         any area      --p-range 0.5 0.5
+    learning rate       one              two (2)              one           --lr 3e-6 --head-factor 10
+    classifiers         four branches    sums two of them     four          --aspp-rates 6 12
+    mirror and scale    no               yes                  no            --flip --scale-range
+    Cityscapes          whole images     crops, 4 a batch     whole images  --crop 256 512
+    epochs of CowOut    300 (D.3.3: 100) -                    300           --iterations 36700
+    confidence of ICT   of the blend     mean of both         of the blend
+    blend of ICT        -                Beta(0.1, 0.1)       Beta          --ict-alpha
+    CutOut shows        inside of boxes  inside of boxes      inside
+    teacher             -                in train mode (3)    in train mode
+    decoder             -                -                    ReLU, no batch norm
+    labels of aug       -                unchanged            recolored, warped (D.1.1)
+    padding of crops    -                counts               does not count
+    initial weights     COCO             COCO or ImageNet     ImageNet      --weights FILE
 
-    choice              paper             published code (1)     here          flag
-    squared distance    mean over K       sum over K, weight 1   mean          --consistency-weight K
-    box of CutMix       any area (3.3)    half of the image      any area      --p-range 0.5 0.5
-    learning rate       one               backbone 3e-6, rest    one           --lr 3e-6
-                                          3e-5 (2)                             --head-factor 10
-    classifiers         four branches     sums two of them       four          --aspp-rates 6 12
-    mirror and scale    no                on VOC                 no            --flip --scale-range
-    Cityscapes          whole images      crops, 4 a batch       whole images  --crop 256 512
-    CowOut, epochs      300 (table 1),    -                      300           --iterations 36700
-                        100 (D.3.3)
-    CutOut keeps        inside of a box   inside of a box        inside
-    confidence of ICT   of the blend      blend of confidences   of the blend
-    initial weights     COCO              COCO or ImageNet       ImageNet      --weights FILE
-    rate over time      -                 constant               constant      --lr-power
-    blend of ICT        -                 Beta(0.1, 0.1)         Beta(.1, .1)  --ict-alpha
-    teacher's batch     -                 statistics averaged; uses those of the batch (3)
-      norm
-    decoder             -                 -                      ReLU, no batch norm
-    D.1: scales         -                 -                      log-uniform   --scaling
-    D.1: b in [0, 1]    -                 -                      recolored images are clamped
-    padding of crops    -                 counts                 does not count
-
-(1) Later than the paper; it has no cow masks and not this U-Net. (2) It lists most backbone tensors
-three times. (3) This only matters with --weights none; with weights, DeepLab's batch norm and that
-of the U-Net's encoder are frozen.
+(1) Later than the paper, without cow masks and this U-Net. (2) 3e-6 for the backbone, which its
+optimizer lists three times, and 3e-5. (3) It matters with --weights none alone: otherwise batch
+norm is frozen. Its statistics are averaged like weights. Corrected in the listings: misspelled
+names, the teacher's input in listing 3 (xb, not yb), and max, which is meant without indices.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -400,28 +392,22 @@ def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> Segmentati
 
 def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Tensor, Callable]:
     """Standard augmentation: a matrix for each image (B,3,3), and a function that recolors."""
-    matrix = random_affine(
-        batch,
-        flip=recipe.flip_probability,
-        translation=recipe.translation,
-        scaling=recipe.scaling,
-        rotation=recipe.rotation,
-        generator=generator,
-        device=generator.device,
-    )
+    shape = {"translation": recipe.translation, "scaling": recipe.scaling}
+    shape |= {"rotation": recipe.rotation, "flip": recipe.flip_probability}
+    matrix = random_affine(batch, **shape, generator=generator, device=generator.device)
     strength = {"brightness": recipe.brightness, "contrast": recipe.contrast}
     return matrix, partial(recolor, **strength, generator=generator)
 
 
 def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *, seed: int):
-    """The recipe's perturbation of images (B,3,H,W) and padding masks (255: padding)."""
+    """Loss and details of the recipe's perturbation.
+
+    a and b are pairs of images (B,3,H,W) and padding masks (B,H,W), which are 255 in padding.
+    """
     (image_a, padding_a), (image_b, padding_b) = a, b
     valid_a, valid_b = padding_a != 255, padding_b != 255
-    kind, threshold, (batch, _, *size) = (
-        recipe.perturbation,
-        recipe.confidence_threshold,
-        image_a.shape,
-    )
+    kind, threshold = recipe.perturbation, recipe.confidence_threshold
+    batch, _, *size = image_a.shape
     generator = torch.Generator(image_a.device).manual_seed(seed)
     if kind == "aug":
         matrix_a, color = draw_aug(recipe, batch, generator)
@@ -429,9 +415,8 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
         change = (matrix_a, matrix_b, color, fill)
         return aug_loss(student, teacher, image_a, *change, valid_a, threshold)
     if kind == "ict":
-        rng = np.random.default_rng(seed)
-        blend = torch.tensor(rng.beta(recipe.ict_alpha, recipe.ict_alpha, batch)).float()
-        blend = blend.view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
+        blend = np.random.default_rng(seed).beta(recipe.ict_alpha, recipe.ict_alpha, batch)
+        blend = torch.tensor(blend).float().view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
         combine, valid = partial(torch.lerp, weight=blend), valid_a & valid_b
         return mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold)
     options = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
@@ -439,12 +424,15 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
         mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **options)
     else:
         mask = box_mask(batch, size, **options)
-    if kind in ("cowmix", "cutmix"):
-        combine = lambda a, b: mix(mask, b, a)  # mix(a, b, M) = (1 - M) a + M b (3.3)
-        valid = combine(valid_a, valid_b)
-        loss, details = mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold)
-    else:
+    if kind in ("cowout", "cutout"):
         loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, threshold)
+        return loss, {"mask": mask, **details}
+
+    def combine(a: Tensor, b: Tensor) -> Tensor:
+        return mix(mask, b, a)  # mix(a, b, M) = (1 - M) a + M b (3.3)
+
+    valid = combine(valid_a, valid_b)
+    loss, details = mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold)
     return loss, {"mask": mask, **details}
 
 
