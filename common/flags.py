@@ -31,19 +31,8 @@ LIMITS = {  # type of number, least and largest value
     Positive: (float, 1e-9, math.inf),
 }
 RANGES = (tuple[float, float], tuple[Positive, Positive], tuple[Share, Share])
-# Defaults. Those of --labeled and --weights depend on the data set.
-SHARED = {
-    "dataset": "streets",
-    "seed": 0,
-    "supervised": False,
-    "accumulate": 1,
-    "tensorboard": False,
-    "full_resolution": False,
-    "out": "predictions",
-}
-UNSET = ("data_dir", "labeled_list", "split_seed", "device", "precision", "compile", "workers")
-UNSET += ("output_dir", "resume", "eval_every", "save_every", "evaluate", "evaluate_split")
-SHARED |= dict.fromkeys((*UNSET, "predict", "checkpoint"))
+SHARED = {"dataset": "streets", "seed": 0, "accumulate": 1, "out": "predictions"}
+SHARED |= {"supervised": False, "tensorboard": False, "full_resolution": False}
 # A resumed run keeps these, and its recipe.
 FIXED = ("dataset", "labeled", "labeled_list", "split_seed", "seed", "supervised", "weights")
 
@@ -60,41 +49,46 @@ def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = N
     that are given change them. preset(dataset, given flags) may choose another recipe than
     recipes[dataset]. args.checkpoint is what was read, or None.
     """
-    given = vars(_parser(method, doc, recipes).parse_args(argv))
+    flags = vars(_parser(method, doc, recipes).parse_args(argv))
+    given = {name: value for name, value in flags.items() if value is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     dataset = given.get("dataset", "streets")
     recipe = recipes[dataset] if preset is None else preset(dataset, given)
-    settings = {**SHARED, **DEFAULTS[dataset], "method": method}
-    folders = _numbered(_folder_name(recipes[dataset], settings, given))
-    if "output_dir" in given:
-        folders = [Path(given["output_dir"])]
+    settings = {name: None for name in flags if not hasattr(recipe, name)}
+    settings |= {**SHARED, **DEFAULTS[dataset], "method": method, "checkpoint": None}
+    folders = _folders(method, recipes[dataset], settings, given)
     path = given.get("evaluate") or given.get("predict", [None])[0] or given.get("resume")
     if path == "auto":
         found = [folder / "last.pt" for folder in folders if (folder / "last.pt").exists()]
         path = found[-1] if found else None
     if path is not None:
         checkpoint = read_checkpoint(Path(path), method)
-        recipe = _stored_recipe(type(recipe), checkpoint)
-        settings |= {**checkpoint["args"], "checkpoint": checkpoint}
-        if given.get("dataset", settings["dataset"]) != settings["dataset"]:
-            settings["data_dir"] = None
-        if "resume" in given:
-            _refuse_changes({**{name: settings[name] for name in FIXED}, **asdict(recipe)}, given)
-        else:
-            settings["precision"] = None  # the stored one may not suit this machine
+        recipe, settings = _stored(checkpoint, type(recipe), settings, given)
     settings |= {name: value for name, value in given.items() if not hasattr(recipe, name)}
-    settings["output_dir"] = _output_folder(folders[-1], path, given)
-    return _override(recipe, given), _complete(argparse.Namespace(**settings))
-
-
-def _output_folder(folder: Path, path: str | Path | None, given: dict) -> Path:
-    """The folder of the run. InputError if it holds another one."""
-    if path is not None and "output_dir" not in given:
-        folder = Path(path).parent
+    folder = folders[-1] if path is None or "output_dir" in given else Path(path).parent
     last = folder / "last.pt"
-    if last.exists() and (path is None or not last.samefile(path)) and "evaluate" not in given:
+    if last.exists() and (path is None or not last.samefile(path)):
         raise InputError(f"--output-dir {folder}: holds a run; add --resume auto to continue it")
-    return folder
+    args = argparse.Namespace(**{**settings, "output_dir": folder})
+    _complete(args)
+    return _override(recipe, given), args
+
+
+def _stored(checkpoint: dict, recipe_class: type, settings: dict, given: dict):
+    """The recipe and the settings of a checkpoint. A resumed run must not change them."""
+    settings = {**settings, **checkpoint["args"], "checkpoint": checkpoint}
+    try:
+        recipe = recipe_class(**checkpoint["recipe"])
+    except TypeError as error:
+        raise InputError(f"a checkpoint of another version of this file: {error}") from error
+    if given.get("dataset", settings["dataset"]) != settings["dataset"]:
+        settings["data_dir"] = None
+    if "resume" not in given:
+        return recipe, {**settings, "precision": None}  # the stored one may not suit this machine
+    for name, kept in {**{name: settings[name] for name in FIXED}, **asdict(recipe)}.items():
+        if given.get(name, kept) != kept:
+            raise InputError(f"{_flag(name)}: the run to resume has {kept}; start a new run")
+    return recipe, settings
 
 
 def _override(recipe, given: dict):
@@ -111,32 +105,24 @@ def _override(recipe, given: dict):
     return replace(recipe, **changes)
 
 
-def _stored_recipe(recipe_class: type, checkpoint: dict):
-    try:
-        return recipe_class(**checkpoint["recipe"])
-    except TypeError as error:
-        raise InputError(f"checkpoint of another version of this file: {error}") from error
-
-
-def _refuse_changes(kept: dict, given: dict) -> None:
-    for name, value in kept.items():
-        if given.get(name, value) != value:
-            advice = "leave the flag out, or start a new run"
-            raise InputError(f"{_flag(name)}: the run to resume has {value}; {advice}")
-
-
-def _complete(args: argparse.Namespace) -> argparse.Namespace:
+def _complete(args: argparse.Namespace) -> None:
     """Fills in what depends on another setting, on the machine or on torchrun."""
     if args.full_resolution and args.evaluate is None:
         raise InputError("--full-resolution: only goes with --evaluate")
-    if args.split_seed is None:
-        args.split_seed = args.seed
-    args.rank = int(os.environ.get("RANK", 0))
-    args.ranks = int(os.environ.get("WORLD_SIZE", 1))
-    args.device = _device(args.device)
+    args.split_seed = args.seed if args.split_seed is None else args.split_seed
+    args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=name).tolist()  # the device "meta" has no values
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    args.device = torch.device(name)
     cuda = args.device.type == "cuda"
-    if args.precision is None:
-        args.precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if cuda:
+        torch.cuda.set_device(args.device)
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
     if args.compile is None:
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         args.compile = cuda and compiler is not None  # Triton builds its launchers with it
@@ -144,83 +130,57 @@ def _complete(args: argparse.Namespace) -> argparse.Namespace:
             warn("no C compiler found: networks run uncompiled (slower)")
     if args.workers is None:
         args.workers = 0 if args.dataset == "streets" else min(8, os.cpu_count() or 1)
-    return args
-
-
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.zeros(1, device=name).tolist()  # the "meta" device has no values and fails here
-        device = torch.device(name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: not available ({reason})") from error
-    return device
 
 
 # ---- The parser ----
 
 
 def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
-    """A parser that returns only the flags that are given."""
-    parser = _Parser(
-        prog=f"{method}.py",
-        description=doc.strip().split("\n\n")[0],
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    add, count = parser.add_argument, _number(Count)
-    seed = {"type": _number(Seed), "metavar": "N"}
+    """A parser whose flags are None unless they are given."""
+    description = doc.strip().split("\n\n")[0]
+    parser = _Parser(prog=f"{method}.py", description=description, allow_abbrev=False)
+    add, count, natural = parser.add_argument, _number(Count), _number(int)
     either = parser.add_mutually_exclusive_group().add_argument
     command = parser.add_mutually_exclusive_group().add_argument
-    yes_or_no = argparse.BooleanOptionalAction
+    seed = {"type": _number(Seed), "metavar": "N"}
+    on = {"action": "store_const", "const": True}
+    yes_or_no = {"action": argparse.BooleanOptionalAction}
     add("--dataset", choices=list(recipes), help="data set (default: streets)")
     add("--data-dir", help="folder of the data set (default: data/<dataset>)")
     either("--labeled", help="number of labeled images, or their share, such as 0.125 or 1/8")
     either("--labeled-list", metavar="FILE", help="file that names the labeled images, one a line")
     add("--split-seed", **seed, help="seed that chooses the labeled images (default: --seed)")
-    add("--supervised", action="store_true", help="train the baseline, without unlabeled images")
+    add("--supervised", **on, help="train the baseline, without unlabeled images")
     add("--weights", help="initial weights: imagenet, none or a file")
     add("--seed", **seed, help="seed of weights, batches and masks (default: 0)")
     add("--device", help="torch device (default: cuda if available, else cpu)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, fp32 on CPU")
-    add("--compile", action=yes_or_no, help="compile the networks (default: on CUDA)")
+    add("--compile", **yes_or_no, help="compile the networks (default: on CUDA)")
     add("--accumulate", type=count, metavar="N", help="split a batch into N micro-batches")
-    add("--workers", type=_number(int), metavar="N", help="number of loader processes")
+    add("--workers", type=natural, metavar="N", help="number of loader processes")
     add("--output-dir", help="folder of the run (default: runs/<method>_<dataset>_<labeled>_s...)")
     command("--resume", metavar="CKPT|auto", help="continue a last.pt; auto: the newest, if any")
     add("--eval-every", type=count, metavar="STEPS", help="default: an eighth of the run")
     add("--save-every", type=count, metavar="STEPS", help="default: a fortieth of the run")
-    add("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    add("--tensorboard", **on, help="also write TensorBoard event files")
     command("--evaluate", metavar="CKPT", help="print the IoU of student and teacher, and end")
-    add("--full-resolution", action="store_true", help="evaluate at the labels' own size")
+    add("--full-resolution", **on, help="evaluate at the labels' own size")
     add("--evaluate-split", choices=("val", "test"), help="default: test if there is one, else val")
     command("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, and end")
     add("--out", help="folder for --predict (default: predictions)")
     sections = "numbers in parentheses are sections of the paper"
-    _add_recipe_flags(parser.add_argument_group("recipe", sections).add_argument, recipes)
-    return parser
-
-
-def _add_recipe_flags(add: Callable, recipes: dict) -> None:
-    """Adds a flag for each field; its help is the field's comment and the value of each preset."""
-    recipe_class = type(next(iter(recipes.values())))
+    add = parser.add_argument_group("recipe", sections).add_argument
+    recipe_class = type(recipes["streets"])
     source = inspect.getsource(recipe_class)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     for field in fields(recipe_class):
         values = {name: getattr(recipe, field.name) for name, recipe in recipes.items()}
-        presets = []
-        for value in dict.fromkeys(values.values()):
-            names = ", ".join(name for name in values if values[name] == value)
-            presets.append(f"{names}: {value}")
-        if len(presets) == 1:
-            presets = [f"default: {values['streets']}"]
-        text = f"{comments.get(field.name, '')} [{'; '.join(presets)}]"
+        presets = [f"default: {values['streets']}"]
+        if len(set(values.values())) > 1:
+            presets = [f"{name}: {value}" for name, value in values.items()]
+        text = f"{comments[field.name]} [{', '.join(presets)}]"
         add(_flag(field.name), help=text.replace("%", "%%"), **_options(field.type))
+    return parser
 
 
 def _flag(name: str) -> str:
@@ -257,27 +217,26 @@ def _number(kind) -> Callable[[str], float]:
 # ---- Folders and checkpoints ----
 
 
-def _folder_name(usual, settings: dict, given: dict) -> str:
-    """runs/<method>_<dataset>_<labeled>_s<seed>, then the flags that differ from the preset."""
-    chosen = {**settings, **given}
-    labeled = Path(chosen["labeled_list"]).stem if chosen["labeled_list"] else chosen["labeled"]
-    parts = [chosen["method"], chosen["dataset"], labeled.replace("/", "-"), f"s{chosen['seed']}"]
-    defaults = {name: settings[name] for name in ("split_seed", "weights", "supervised")}
-    defaults |= asdict(usual)
+def _folders(method: str, usual, settings: dict, given: dict) -> list[Path]:
+    """--output-dir, or NAME, NAME-2, ... up to the first folder that does not exist.
+
+    NAME is runs/<method>_<dataset>_<labeled>_s<seed>, then the flags that differ from the preset.
+    """
+    if "output_dir" in given:
+        return [Path(given["output_dir"])]
+    defaults = {**settings, **asdict(usual)}
+    chosen = {**defaults, **given}
+    labeled = Path(chosen["labeled_list"] or chosen["labeled"].replace("/", "-")).name
+    parts = [method, chosen["dataset"], labeled, f"s{chosen['seed']}"]
     for name, value in given.items():
-        if name in defaults and value != defaults[name]:
-            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            text = Path(text).stem if name == "weights" else text
+        if name in ("split_seed", "weights", "supervised", *asdict(usual)):
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else Path(str(value)).name
             flag = name.replace("_", "-")
-            parts.append(flag if value is True else f"{flag}-{text}")
-    return f"runs/{'_'.join(parts)[:200]}"  # file systems allow 255 bytes
-
-
-def _numbered(folder: str) -> list[Path]:
-    """FOLDER, FOLDER-2, ... up to the first one that does not exist."""
-    folders = [Path(folder)]
+            if value != defaults[name]:
+                parts.append(flag if value is True else f"{flag}-{text}")
+    folders = [Path("runs") / "_".join(parts)[:200]]  # file systems allow 255 bytes
     while folders[-1].exists():
-        folders.append(Path(f"{folder}-{len(folders) + 1}"))
+        folders.append(Path(f"{folders[0]}-{len(folders) + 1}"))
     return folders
 
 
