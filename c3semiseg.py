@@ -265,7 +265,7 @@ def contrast_loss(
 ) -> Tensor:
     """Equation 5 at sampled pixels: (B,D,h,w) twice, (B,H,W) int64, (B,K,H,W) -> scalar.
 
-    Classes below first_class are left out.
+    Classes below first_class are left out. Of more than 256 (image, class) groups, 256 are drawn.
     """
     size, num_classes = embedding.shape[2:], logits.shape[1]
     label = resize_nearest(label, size)
@@ -274,6 +274,12 @@ def contrast_loss(
     index, label = sample_pixels(
         label, prediction, per_class, num_classes=num_classes, hard=hard, generator=generator
     )
+    groups = len(embedding) * num_classes
+    if groups > 256:  # the similarities of more groups would not fit in memory
+        index, label = index.view(groups, -1), label.view(groups, -1)
+        score = torch.rand(groups, generator=generator, device=label.device)
+        kept = (score + (label[:, 0] == 255)).argsort()[:256]  # empty groups come last
+        index, label = index[kept].flatten(), label[kept].flatten()
     f = embedding.movedim(1, 3).flatten(0, 2)[index]
     g = contrast.movedim(1, 3).flatten(0, 2)[index]
     return pixel_contrast_loss(f, label, g, label, temperature, exclude_self=True)
