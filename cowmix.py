@@ -17,7 +17,7 @@ those of a Friesian cow.
     choice              paper            published code (1)   here          flag
     squared distance    mean over K      sum, weight 1        mean          --consistency-weight
     boxes               any area (3.3)   CutMix: half         any area      --p-range 0.5 0.5
-    learning rate       one              two (2)              one           --lr 3e-6 --head-factor 10
+    learning rate       one              two (2)              one           --head-factor
     classifiers         four branches    sums two of them     four          --aspp-rates 6 12
     mirror and scale    no               yes                  no            --flip --scale-range
     Cityscapes          whole images     crops, 4 a batch     whole images  --crop 256 512
@@ -26,7 +26,6 @@ those of a Friesian cow.
     blend of ICT        -                Beta(0.1, 0.1)       Beta          --ict-alpha
     CutOut shows        inside of boxes  inside of boxes      inside
     teacher             -                in train mode (3)    in train mode
-    decoder             -                -                    ReLU, no batch norm
     labels of aug       -                unchanged            recolored, warped (D.1.1)
     padding of crops    -                counts               does not count
     initial weights     COCO             COCO or ImageNet     ImageNet      --weights FILE
@@ -95,7 +94,7 @@ class Recipe:
 
 CITYSCAPES = replace(Recipe(), size=(512, 1024), iterations=100_000, sigma_range=(8.0, 32.0))
 DEEPLAB = {"network": "deeplab", "lr": 1e-5, "layers": (3, 4, 23, 3)}  # (D.3.2)
-# Crops are the paper's for DeepLab on VOC (D.3.2); 40000 steps are the published code's.
+# The crops are the paper's for DeepLab on VOC (D.3.2), 40000 steps the published code's.
 CROPS = {"size": None, "crop": (321, 321), "batch_size": 10, "iterations": 40_000}
 VOC = replace(CITYSCAPES, **CROPS)
 SMALL = {"size": (64, 128), "width": 16, "layers": (1, 1, 1, 1), "aspp_rates": (1, 2)}

@@ -1,21 +1,16 @@
 """DeepLab-v2 (Chen et al. 2017, arXiv:1606.00915) on a ResNet at output stride 8.
 
-The network is that of the DeepLab authors' Caffe model, which all four papers train: a stage's
-stride is on its first 1x1 convolution, the max-pool rounds up, stages 3 and 4 have dilations 2 and
-4 in every block. torchvision's ImageNet weights fit by name, although torchvision's own network
-places strides and dilations differently.
+The network is the DeepLab authors' Caffe model, as in all four papers. Its max-pool rounds up. The
+first 1x1 convolution of a stage has the stage's stride. The tensors have torchvision's names.
 """
 
-import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import Bottleneck, ResNet101_Weights
 
 from common import InputError
 
@@ -23,36 +18,28 @@ from common import InputError
 IMAGENET = ("RGB, ImageNet mean and std", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)
 CAFFE = ("BGR, 0-255 minus the mean", CAFFE_MEAN, (1 / 255, 1 / 255, 1 / 255))
+BACKBONE = r"(conv1|bn1|layer\d|mean|std)\b"  # how the names of a ResNet's tensors begin
 
 
 class SegmentationResNet(nn.Module):
-    """A ResNet without its classifier. A subclass adds features() and classify().
+    """A ResNet without its classifier. A subclass adds imagenet, features() and classify().
 
-    strides and dilations are those of stages 1 to 4. caffe=True puts a stage's stride on its first
-    1x1 convolution and rounds the max-pool up. batch_norm="frozen" keeps the running statistics
-    in train mode too.
+    caffe=True puts a stage's stride on its first 1x1 convolution and rounds the max-pool up.
+    batch_norm is "batch", or "frozen" to keep the running statistics in train mode too.
     """
 
-    imagenet: torchvision.models.WeightsEnum  # torchvision's weights of the same ResNet
-
-    def __init__(self, layers, width, *, strides, dilations, caffe: bool, batch_norm: str):
+    def __init__(self, layers, width, batch_norm: str, strides, dilations, *, caffe: bool):
         super().__init__()
-        if batch_norm not in ("batch", "frozen"):
-            raise ValueError(f"batch_norm must be 'batch' or 'frozen', not {batch_norm!r}")
-        self.frozen_statistics = batch_norm == "frozen"
-        _, mean, std = IMAGENET
-        # In the state dict, because they belong to the weights.
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.frozen_statistics = {"batch": False, "frozen": True}[batch_norm]
+        self.register_buffer("mean", torch.tensor(IMAGENET[1]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET[2]).view(3, 1, 1))
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=caffe)
-        channels = width
-        for k in range(4):
-            inner = width * 2**k
-            stage = _stage(channels, inner, layers[k], strides[k], dilations[k], caffe)
-            self.add_module(f"layer{k + 1}", stage)
-            channels = 4 * inner
+        self.layer1 = _stage(width, width, layers[0], strides[0], dilations[0], caffe)
+        self.layer2 = _stage(4 * width, 2 * width, layers[1], strides[1], dilations[1], caffe)
+        self.layer3 = _stage(8 * width, 4 * width, layers[2], strides[2], dilations[2], caffe)
+        self.layer4 = _stage(16 * width, 8 * width, layers[3], strides[3], dilations[3], caffe)
 
     def initialize(self, *, train_affine: bool) -> None:
         """Kaiming initialisation of all convolutions; train_affine=False freezes batch norm's."""
@@ -67,20 +54,18 @@ class SegmentationResNet(nn.Module):
         """RGB in [0,1], (B,3,H,W) -> what the loaded weights expect, same shape."""
         return (image - self.mean) / self.std
 
-    def stages(self, x: Tensor) -> list[Tensor]:
+    def stages(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns the outputs of the four stages for a normalised image (B,3,H,W)."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        outputs = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            outputs.append(x)
-        return outputs
+        x1 = self.layer1(self.maxpool(F.relu(self.bn1(self.conv1(image)))))
+        x2 = self.layer2(x1)
+        x3 = self.layer3(x2)
+        return x1, x2, x3, self.layer4(x3)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.classify(self.features(image), image.shape[-2:])
 
     def train(self, mode: bool = True):
-        """Sets train or eval mode; frozen batch norm always stays in eval mode."""
+        """Sets train or eval mode. Frozen batch norm stays in eval mode."""
         super().train(mode)
         for module in self.modules():
             if self.frozen_statistics and isinstance(module, nn.BatchNorm2d):
@@ -88,12 +73,11 @@ class SegmentationResNet(nn.Module):
         return self
 
     def parameter_groups(self, lr: float, head_factor: float) -> list[dict]:
-        """The trainable parameters of the ResNet at lr, then all others at head_factor * lr."""
-        trunk, head = [], []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                (trunk if re.match(BACKBONE, name) else head).append(parameter)
-        return [{"params": trunk, "lr": lr}, {"params": head, "lr": head_factor * lr}]
+        """Returns the ResNet's trainable parameters at lr, then all others at head_factor * lr."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        backbone = [p for name, p in trained if re.match(BACKBONE, name)]
+        head = [p for name, p in trained if not re.match(BACKBONE, name)]
+        return [{"params": backbone, "lr": lr}, {"params": head, "lr": head_factor * lr}]
 
 
 def _stage(in_channels: int, width: int, blocks: int, stride: int, dilation: int, caffe: bool):
@@ -109,12 +93,11 @@ def _stage(in_channels: int, width: int, blocks: int, stride: int, dilation: int
 class DeepLabV2(SegmentationResNet):
     """Single-scale DeepLab-v2: RGB in [0,1], (B,3,H,W) -> float32 logits (B,K,H,W).
 
-    layers and width shrink the ResNet (ResNet-101: (3, 4, 23, 3) and 64). The classifiers, one for
-    each dilation in rates, are summed; the papers' published code sums only (6, 12). batch_norm:
-    "batch" or "frozen" statistics; train_affine: whether its weights and biases are trained.
+    layers and width shrink the ResNet-101. Each dilation in rates has a classifier, and the logits
+    are their sum. The papers' published code sums only (6, 12).
     """
 
-    imagenet = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
+    imagenet = ResNet101_Weights.IMAGENET1K_V1
 
     def __init__(
         self,
@@ -126,13 +109,11 @@ class DeepLabV2(SegmentationResNet):
         batch_norm: str = "batch",
         train_affine: bool = False,
     ):
-        placing = {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "caffe": True}
-        super().__init__(layers, width, **placing, batch_norm=batch_norm)
+        strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
+        super().__init__(layers, width, batch_norm, strides, dilations, caffe=True)
         self.feature_channels = 32 * width
-        self.classifiers = nn.ModuleList()
-        for rate in rates:
-            head = nn.Conv2d(self.feature_channels, num_classes, 3, padding=rate, dilation=rate)
-            self.classifiers.append(head)
+        heads = [nn.Conv2d(32 * width, num_classes, 3, padding=r, dilation=r) for r in rates]
+        self.classifiers = nn.ModuleList(heads)
         self.initialize(train_affine=train_affine)
         for classifier in self.classifiers:
             nn.init.normal_(classifier.weight, std=0.01)  # as in the papers' code
@@ -148,17 +129,18 @@ class DeepLabV2(SegmentationResNet):
 
 
 # Formats of weight files: name, pattern of a key that only it has, start of its classifiers' keys
-# ("-": not ours), input (None: stored in the file). The first format that fits is taken.
+# ("-": nothing to rename), its input. The first format that fits is taken.
 FORMATS = (
-    ("this repository", r"mean", "-", None),
+    ("this repository", r"mean", "-", ("input as stored",)),
     ("kazuto1011 DeepLab", r"(base\.)?layer1\.conv1\.conv\.weight", r"aspp\.c", CAFFE),
-    ("AdvSemiSeg/ClassMix", r"Scale\..*|layer5\..*", r"layer5\.conv2d_list\.", CAFFE),
+    ("AdvSemiSeg/ClassMix", r"(Scale|layer5)\..*", r"layer5\.conv2d_list\.", CAFFE),
     # ST++ trains with ImageNet's mean and std, but the file in circulation is the Caffe model.
     ("DST-CBC/ST++", r"classifier\.(0\.convs\.)?3\.weight", r"classifier\.(0\.convs\.)?", CAFFE),
     ("C3-SemiSeg", r"body\.conv1\.weight", r"decoder\.conv2d_list\.", IMAGENET),
-    ("torchvision", r"(backbone\.)?conv1\.weight", "-", IMAGENET),
+    ("deep-stem ResNet (v1c)", r"(.+\.)?(conv1|stem)\.0\.weight", "-", IMAGENET),
+    ("torchvision", r".*", "-", IMAGENET),
 )
-RENAMES = (  # applied in this order; all but the first are for kazuto1011, which counts from 1
+RENAMES = (  # in this order; all but the first are for kazuto1011, which counts from 1
     (r"^(Scale|backbone|body|base)\.", ""),
     (r"^layer1\.conv1\.(conv|bn)\.", r"\g<1>1."),
     (r"^layer(\d)\.block(\d+)", lambda m: f"layer{int(m[1]) - 1}.{int(m[2]) - 1}"),
@@ -168,18 +150,8 @@ RENAMES = (  # applied in this order; all but the first are for kazuto1011, whic
     (r"\.shortcut\.conv\.", ".downsample.0."),
     (r"\.shortcut\.bn\.", ".downsample.1."),
 )
-BACKBONE = r"(conv1|bn1|layer\d|mean|std)\b"
-DEEP_STEM = r"(.+\.)?(conv1|stem)\.0\.weight|([a-z_]+\.)*conv1\.weight"
-# Keys under which a file may hold a network, in order of preference.
-WRAPPERS = (
-    "student",
-    "model",
-    "state_dict",
-    "model_state",
-    "teacher",
-    "ema_model",
-    "teacher_state",
-)
+# Keys under which a file may hold a network. The first one is taken.
+NETWORKS = "student model state_dict model_state teacher ema_model teacher_state"
 
 
 class Loaded(NamedTuple):
@@ -191,97 +163,60 @@ class Loaded(NamedTuple):
     unused: list[str]  # of the file, not in the network
 
     def __str__(self) -> str:
-        text = f"{self.format}, {len(self.matched)} tensors matched"
-        if self.missing:
-            text += f"; kept at initialisation: {_some(self.missing)}"
-        if self.unused:
-            text += f"; left out of the file: {_some(self.unused)}"
-        return text
+        missing = f"; {len(self.missing)} missing ({self.missing[0]}, ...)" if self.missing else ""
+        unused = f"; {len(self.unused)} unused ({self.unused[0]}, ...)" if self.unused else ""
+        return f"{self.format}, {len(self.matched)} tensors matched{missing}{unused}"
 
 
-def load_weights(model: SegmentationResNet, source: str | Path) -> Loaded:
-    """Loads "imagenet" (torchvision) or a local file of one of FORMATS; "none" loads nothing.
-
-    The network's mean and std become those of the weights. conv1 of BGR weights is reversed, so
-    images stay RGB. Classifiers load where they fit. InputError if the backbone does not fit.
-    """
-    source = str(source)
-    if source == "none":
+def load_weights(model: SegmentationResNet, source) -> Loaded:
+    """Loads "imagenet" (torchvision) or a file of one of FORMATS. "none" loads nothing."""
+    if str(source) == "none":
         return Loaded("none (Kaiming initialisation; batch statistics, trained affine)", [], [], [])
-    state, origin = _imagenet(model.imagenet) if source == "imagenet" else _read(Path(source))
-    name, state = _translate(state, source)
-    own = {key: v for key, v in model.state_dict().items() if "num_batches" not in key}
-    matched = [key for key in own if key in state and state[key].shape == own[key].shape]
-    missing = [key for key in own if key not in matched]
-    unused = [key for key in state if key not in matched and "num_batches" not in key]
-    wrong = [key for key in dict.fromkeys(missing + unused) if re.match(BACKBONE, key)]
-    if wrong:
-        why = f"the backbone does not fit this network ({name}; are layers and width the same?)"
-        raise InputError(f"--weights {source}: {why}: {_some(wrong)}")
-    model.load_state_dict({key: state[key] for key in matched}, strict=False)
-    matched = [key for key in matched if key not in ("mean", "std")]
-    return Loaded(f"{name}{origin}", matched, missing, unused)
+    return _load(model, str(source))
 
 
-def _translate(state: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
-    """Returns the format's name and the tensors as DeepLabV2 has them: keys, RGB, mean and std."""
-    for key, value in state.items():
-        if re.fullmatch(DEEP_STEM, key) and value.shape[2:] == (3, 3):
-            why = f"a deep-stem ResNet (v1c: {key} is 3x3); this network's conv1 is 7x7"
-            raise InputError(f"--weights {source}: {why}, as torchvision's")
+def _load(model: SegmentationResNet, source: str) -> Loaded:
+    """Renames the tensors as the network has them, checks the backbone and loads them."""
+    state, network = _read(source, model.imagenet)
+    state = {re.sub(r"\b(module|_orig_mod)\.", "", key): state[key] for key in state}
     fitting = [f for f in FORMATS if any(re.fullmatch(f[1], key) for key in state)]
-    if not fitting:
-        known = ", ".join(name for name, *_ in FORMATS)
-        raise InputError(f"--weights {source}: unknown keys ({_some(list(state))}); known: {known}")
     name, _, head, expects = fitting[0]
     for old, new in (*RENAMES, (f"^{head}", "classifiers.")):
         state = {re.sub(old, new, key): value for key, value in state.items()}
-    if expects is None:
-        return f"{name} (input as stored)", state
-    description, mean, std = expects
-    state["mean"], state["std"] = torch.tensor([mean, std]).view(2, 3, 1, 1)
+    if expects in (CAFFE, IMAGENET):
+        state["mean"], state["std"] = torch.tensor(expects[1:]).view(2, 3, 1, 1)
     if expects is CAFFE and "conv1.weight" in state:
         state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
-    return f"{name} ({description})", state
+    own = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    matched = [key for key in own if key in state and state[key].shape == own[key].shape]
+    missing = [key for key in own if key not in matched]
+    unused = [key for key in state if key not in matched and "num_batches" not in key]
+    named = [key for key in matched if key not in ("mean", "std")]
+    loaded = Loaded(f"{name} ({expects[0]}){network}", named, missing, unused)
+    if any(re.match(BACKBONE, key) for key in missing + unused):
+        raise InputError(f"--weights {source}: does not fit (other layers or width?): {loaded}")
+    model.load_state_dict({key: state[key] for key in matched}, strict=False)
+    return loaded
 
 
-def _imagenet(weights: torchvision.models.WeightsEnum) -> tuple[dict[str, Tensor], str]:
+def _read(source: str, imagenet) -> tuple[dict[str, Tensor], str]:
+    """Returns tensors by name, and in words which of the file's networks they are."""
     try:
-        return weights.get_state_dict(progress=True, check_hash=True), ""
-    except Exception as error:  # many types: no network, a damaged file, no space left
-        folder = Path(torch.hub.get_dir(), "checkpoints")
-        raise InputError(
-            f"--weights imagenet: cannot load {weights.url} ({error}); download it elsewhere to "
-            f"{folder}, or pass --weights FILE or --weights none"
-        ) from error
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Returns the tensors of a file by name, and which of several networks in it they are."""
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise InputError(f"--weights {path}: no such file, or unreadable (or 'imagenet' or 'none')")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly any type on a foreign file
-        why = "not a file of tensors as torch.save writes"
+        if source == "imagenet":
+            return imagenet.get_state_dict(progress=True, check_hash=True), ""
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # nearly any type: no connection, a full disk, a foreign file
+        why = error if isinstance(error, OSError) else "not a file of tensors as torch.save writes"
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"holds a pickled {found[1]}, not only tensors: save the state_dict() alone"
-        raise InputError(f"--weights {path}: {why}") from error
-    content = content if isinstance(content, dict) else {}
-    names = dict.fromkeys((content.get("headline"), *WRAPPERS))
-    if isinstance(content.get("state"), dict):  # a last.pt of this repository
-        content = content["state"]
-    held = [name for name in names if isinstance(content.get(name), dict)]
-    if held:
-        content = content[held[0]]
-    state = {}
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            state[re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", str(key))] = value
+            why = f"it holds a pickled {found[1]}, not only tensors: save the state_dict() alone"
+        if source == "imagenet":
+            why = f"{imagenet.url}: {error}; or put this file in {torch.hub.get_dir()}/checkpoints"
+        raise InputError(f"--weights {source}: {why}; --weights none needs no file") from error
+    content, network = content if isinstance(content, dict) else {}, ""
+    for name in ("state", content.get("headline"), *NETWORKS.split()):  # state: of a last.pt
+        if isinstance(content.get(name), dict):
+            content, network = content[name], f", its {name}"
+    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
-        raise InputError(f"--weights {path}: holds no state dict")
-    return state, ", its " + ", not its ".join(held[:2]) if held else ""
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise InputError(f"--weights {source}: holds no state dict")
+    return state, network

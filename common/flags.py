@@ -1,6 +1,7 @@
 """The command line: shared flags, one flag for each field of a Recipe, settings of a checkpoint."""
 
 import argparse
+import importlib.util
 import inspect
 import math
 import os
@@ -17,19 +18,13 @@ import torch
 from common import InputError, warn
 from common.datasets import DEFAULTS
 
-# The types of a Recipe's fields say which numbers its flags accept.
+# The types of a Recipe's fields: they say which numbers its flags accept.
 Count = typing.NewType("Count", int)
 Seed = typing.NewType("Seed", int)
 Share = typing.NewType("Share", float)
 Positive = typing.NewType("Positive", float)
-LIMITS = {  # type of number, least and largest value
-    int: (int, 0, math.inf),
-    Count: (int, 1, math.inf),
-    Seed: (int, 0, 2**32 - 1),  # numpy's limit
-    float: (float, 0, math.inf),
-    Share: (float, 0, 1),
-    Positive: (float, 1e-9, math.inf),
-}
+LIMITS = {int: (0, math.inf), Count: (1, math.inf), Seed: (0, 2**32 - 1)}
+LIMITS |= {float: (0.0, math.inf), Share: (0.0, 1.0), Positive: (1e-9, math.inf)}
 RANGES = (tuple[float, float], tuple[Positive, Positive], tuple[Share, Share])
 SHARED = {"dataset": "streets", "seed": 0, "accumulate": 1, "out": "predictions"}
 SHARED |= {"supervised": False, "tensorboard": False, "full_resolution": False}
@@ -99,9 +94,9 @@ def _override(recipe, given: dict):
         uncropped = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,)}
         changes = {name: v for name, v in uncropped.items() if hasattr(recipe, name)} | changes
     for field in fields(recipe):
-        value = changes.get(field.name)
-        if field.type in RANGES and value is not None and value[0] > value[1]:
-            raise InputError(f"{_flag(field.name)}: {value[0]} is above {value[1]}")
+        low, *_, high = changes.get(field.name, (0, 0)) if field.type in RANGES else (0, 0)
+        if low > high:
+            raise InputError(f"{_flag(field.name)}: {low} is above {high}")
     return replace(recipe, **changes)
 
 
@@ -109,19 +104,12 @@ def _complete(args: argparse.Namespace) -> None:
     """Fills in what depends on another setting, on the machine or on torchrun."""
     if args.full_resolution and args.evaluate is None:
         raise InputError("--full-resolution: only goes with --evaluate")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard: pip install tensorboard first")
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
     args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.zeros(1, device=name).tolist()  # the device "meta" has no values
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    args.device = torch.device(name)
+    args.device = _device(args.device)
     cuda = args.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(args.device)
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     if args.compile is None:
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -130,6 +118,19 @@ def _complete(args: argparse.Namespace) -> None:
             warn("no C compiler found: networks run uncompiled (slower)")
     if args.workers is None:
         args.workers = 0 if args.dataset == "streets" else min(8, os.cpu_count() or 1)
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=name).tolist()  # the device "meta" has no values
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 # ---- The parser ----
@@ -203,10 +204,10 @@ def _options(kind) -> dict:
 
 def _number(kind) -> Callable[[str], float]:
     """A parser of numbers of this kind, for argparse."""
-    convert, least, largest = LIMITS[kind]
+    least, largest = LIMITS[kind]
 
     def number(text: str) -> float:
-        value = convert(text)
+        value = type(least)(text)
         if not least <= value <= largest or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {largest}")
         return value

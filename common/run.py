@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,11 @@ from common import InputError, evaluation, ranks
 from common.datasets import Data, MicroBatches, endless
 from common.flags import parse_args
 from common.ranks import SIGNALS, all_max
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
@@ -117,7 +123,7 @@ class Session:
         self.save_every = args.save_every or max(1, recipe.iterations // 40)
         self.start, self.seconds, self.miou, self.signal = 0, 0.0, None, 0
         self.sums: dict[str, tuple[Tensor, int]] = {}  # what was logged since the last log line
-        self.board = _tensorboard(self.folder) if args.tensorboard and self.first else None
+        self.board = None
 
     def restore(self) -> int:
         """Loads the checkpoint, if there is one, and returns the first iteration.
@@ -136,6 +142,10 @@ class Session:
         if self.first:
             self._open_folder()
             self._announce()
+        if self.first and self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.data.train.prepare()
         if all_max(self.start) != self.start:
@@ -208,7 +218,6 @@ class Session:
             f"data: {len(labeled)} labeled and {len(unlabeled)} unlabeled of {len(data.train)} "
             f"training images, {len(self.images)} {self.part} images, {data.num_classes} classes"
         )
-        print(f"evaluation: last iterate, whole images at {self.recipe.size or 'their own size'}")
         print(f"{args.device}, {args.precision}, torch {torch.__version__}, compile {args.compile}")
         if self.start >= self.recipe.iterations:
             print(f"finished already: {self.folder / 'result.json'}")
@@ -269,11 +278,10 @@ class Session:
         entries = [json.loads(line) for line in (self.folder / "log.jsonl").open()]
         best = {}  # picked on the images that are scored: for comparison only
         for name in scores:
-            tried = [(e[name]["miou"], e["iteration"]) for e in entries if name in e]
-            best[name] = dict(zip(("miou", "iteration"), max(tried), strict=True))
-        settings = ("method", "dataset", "supervised", "seed")
+            miou, iteration = max((e[name]["miou"], e["iteration"]) for e in entries if name in e)
+            best[name] = {"iteration": iteration, "miou": miou}
         result = {
-            **{name: getattr(self.args, name) for name in settings},
+            **{name: vars(self.args)[name] for name in ("method", "dataset", "supervised", "seed")},
             "labeled": len(self.names),
             "iterations": self.recipe.iterations,
             "headline": self.headline,
@@ -310,12 +318,11 @@ class Session:
     def _config(self) -> dict:
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
         left_out += ("out", "method", "output_dir", "rank", "ranks")
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        try:
-            git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-            commit = git.stdout.strip() or None
-        except OSError:  # git is not installed
-            commit = None
+        commit = None
+        if shutil.which("git"):
+            git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+            done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
+            commit = done.stdout.strip() or None
         return {
             "method": self.args.method,
             "recipe": asdict(self.recipe),
@@ -357,21 +364,11 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
-def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard: pip install tensorboard first") from error
-    return SummaryWriter(folder)
-
-
 def peak_memory(device: torch.device) -> float:
-    """GiB that CUDA's allocator or this process held at most; NaN where it is not known."""
+    """GiB that CUDA's allocator or this process held at most; NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return float("nan")
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

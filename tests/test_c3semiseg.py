@@ -846,8 +846,9 @@ def test_frozen_batch_norm_stays_as_loaded(trained, tmp_path):
 @pytest.mark.parametrize(("batch", "num_classes", "present"), [(4, 150, 3), (32, 19, 19)])
 def test_contrast_of_many_groups_has_bounded_memory(monkeypatch, batch, num_classes, present):
     """At most 256 groups of an image and a class, drawn from all images; all if few are present."""
-    label, logits = randint(present, batch, 24, 24), randn(batch, num_classes, 24, 24)
-    embedding = F.normalize(randn(batch, 4, 24, 24, seed=1), dim=1)
+    label = torch.randint(present, (batch, 24, 24))
+    logits = torch.randn(batch, num_classes, 24, 24)
+    embedding = F.normalize(torch.randn(batch, 4, 24, 24), dim=1)
     calls, loss = [], c3semiseg.pixel_contrast_loss
     monkeypatch.setattr(
         c3semiseg, "pixel_contrast_loss", lambda *a, **k: calls.append(a) or loss(*a, **k)

@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 import classmix
+import complexmix
 import cowmix
 
 KINDS = ("cross-entropy", "soft-cross-entropy", "squared-error")
@@ -124,18 +125,19 @@ def test_cut_mask_draws_width_and_place_uniformly():
 @pytest.mark.parametrize(
     ("weighting", "scope", "expected"),
     [
-        ("fraction", "batch", [[[4 / 12]]]),
-        ("fraction", "sample", [[[3 / 6]], [[1 / 6]]]),
-        ("pixel", "batch", [[[1.0, 0, 1], [0, 1, 0]], [[0, 0, 0], [0, 0, 1]]]),
+        ("fraction", "batch", [[[0.3 * 4 / 12]]]),
+        ("fraction", "sample", [[[0.3 * 3 / 6]], [[0.3 * 1 / 6]]]),
+        ("pixel", "batch", [[[0.3, 0, 0.3], [0, 0.3, 0]], [[0, 0, 0], [0, 0, 0.3]]]),
         ("ramp", "batch", [[[0.3]]]),
-        ("constant", "batch", [[[1.0]]]),
+        ("constant", "batch", [[[0.3]]]),
     ],
 )
-def test_unlabeled_weight_by_hand(weighting, scope, expected):
+@pytest.mark.parametrize("method", [classmix, complexmix])
+def test_unlabeled_weight_by_hand(method, weighting, scope, expected):
     confidence = torch.tensor([[[0.75, 0.5, 1], [0.25, 0.9, 0.1]], [[0.1] * 3, [0.2, 0.7, 0.8]]])
-    options = {"weighting": weighting, "scope": scope, "ramp": 0.3}
-    weight = classmix.unlabeled_weight(confidence, 0.75, **options)
-    torch.testing.assert_close(weight, torch.tensor(expected))
+    if method is classmix or weighting in ("fraction", "pixel"):  # ComplexMix has no others
+        weight = method.unlabeled_weight(confidence, 0.75, weighting, scope, factor=0.3)
+        torch.testing.assert_close(weight, torch.tensor(expected))
 
 
 def test_sigmoid_ramp():
@@ -172,8 +174,8 @@ def mask_classes(pseudo_label):
     return classmix.class_mask(pseudo_label, 4, scores=scores)
 
 
-def naive_loss(student, teacher, image, mask, threshold, weighting, scope, ramp, kind):
-    """Algorithm 1 pixel by pixel: the loss and what classmix_loss says about it."""
+def naive_loss(student, teacher, image, mask, threshold, weighting, scope, factor, kind):
+    """Algorithm 1 pixel by pixel: the loss and the details of classmix_loss."""
     prob = teacher(image).softmax(1).detach()
     image_mix, target = image.clone(), prob.clone()
     for i, y, x in itertools.product(*map(range, mask.shape)):
@@ -194,7 +196,8 @@ def naive_loss(student, teacher, image, mask, threshold, weighting, scope, ramp,
         weight = torch.stack([w.mean() for w in weight]) if scope == "sample" else weight.mean()
         weight = weight.view(-1, 1, 1)
     elif weighting != "pixel":
-        weight = torch.tensor(ramp if weighting == "ramp" else 1.0)
+        weight = torch.ones(())
+    weight = factor * weight
     details = {"pseudo_label": prob.argmax(1), "mask": mask, "mixed_image": image_mix}
     details |= {"prediction": logits.detach(), "lambda": weight.mean()}
     return (weight * pixel_loss).mean(), details
@@ -207,7 +210,8 @@ def test_classmix_loss_equals_naive_loss(kind, weighting):
     image = torch.rand(3, 3, 6, 5, generator=generator(2))
     mask = torch.rand(3, 6, 5, generator=generator(3)) < 0.4
     weighting, scope = [*weighting.split(), "batch"][:2]
-    options = {"threshold": 0.9, "weighting": weighting, "scope": scope, "ramp": 0.3, "kind": kind}
+    options = {"threshold": 0.9, "weighting": weighting, "scope": scope, "factor": 0.3}
+    options["kind"] = kind
     expected, expected_details = naive_loss(student, teacher, image, mask, **options)
     gradient = torch.autograd.grad(expected, list(student.parameters()))
     options |= {"make_mask": lambda label: labels.append(label) or mask, "augment": mirror}
@@ -218,6 +222,20 @@ def test_classmix_loss_equals_naive_loss(kind, weighting):
     assert all(p.grad is None for p in teacher.parameters())  # no gradient reaches the teacher
     assert torch.equal(labels[0], details["pseudo_label"])
     assert not any(value.requires_grad for value in details.values())
+
+
+def test_jitter_and_blur_draw_for_each_image_from_the_seed_alone():
+    image = torch.rand(1, 3, 24, 24, generator=generator()).expand(6, -1, -1, -1)
+    state = torch.random.get_rng_state()
+    augment = classmix.jitter_and_blur(classmix.Recipe(extra_augmentations=True))
+    first = augment(3, image)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, augment(3, image)) and not torch.equal(first, augment(4, image))
+    assert len({changed.sum().item() for changed in first}) > 3
+    assert first.shape == image.shape and first.min() >= 0 and first.max() <= 1
+    never = classmix.Recipe(extra_augmentations=True, jitter_probability=0, blur_probability=0)
+    for recipe in (never, classmix.Recipe()):
+        assert torch.equal(classmix.jitter_and_blur(recipe)(3, image), image)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -133,10 +133,7 @@ def small_network(seed, kernel=3):
     return network
 
 
-def images(count=2, size=(9, 12)):
-    return torch.rand(count, 2, 3, *size, generator=generator(5)).unbind(0)
-
-
+IMAGE_A, IMAGE_B = torch.rand(2, 2, 3, 9, 12, generator=generator(5))
 ALL = torch.ones(2, 9, 12, dtype=torch.bool)
 
 
@@ -160,23 +157,22 @@ def naive_listing(student, teacher, kind, image_a, image_b, m, valid, threshold)
 @pytest.mark.parametrize("threshold", [0.9, 1.0])  # nobody is more than certain
 @pytest.mark.parametrize("kind", ["mix", "cutout", "ict"])
 def test_losses_equal_the_listings(kind, threshold):
-    (image_a, image_b), student, teacher = images(), small_network(0), small_network(1)
+    student, teacher = small_network(0), small_network(1)
     mask = torch.rand(2, 9, 12, generator=generator(3)) < 0.4
     blend = torch.tensor([0.1, 0.7]).view(-1, 1, 1, 1)
     m = blend.expand(2, 1, 9, 12)[:, 0] if kind == "ict" else mask
     valid = torch.rand(2, 9, 12, generator=generator(4)) < 0.8
-    given = (student, teacher, kind, image_a, image_b, m, valid, threshold)
+    given = (student, teacher, kind, IMAGE_A, IMAGE_B, m, valid, threshold)
     expected, confident, image = naive_listing(*given)
     assert confident < 1 and (confident > 0) == (threshold < 1)
     gradient = torch.autograd.grad(expected, list(student.parameters()))
     if kind == "cutout":
-        loss, details = cowmix.cutout_loss(student, teacher, image_a, mask, GREY, valid, threshold)
+        given = (student, teacher, IMAGE_A, mask, GREY, valid, threshold)
+        loss, details = cowmix.cutout_loss(*given)
     else:
-        mixes = {
-            "mix": lambda a, b: cowmix.mix(mask, b, a),
-            "ict": partial(torch.lerp, weight=blend),
-        }
-        given = (student, teacher, image_a, image_b, mixes[kind], valid, threshold)
+        blended = partial(torch.lerp, weight=blend)
+        combine = blended if kind == "ict" else partial(cowmix.mix, ~mask)
+        given = (student, teacher, IMAGE_A, IMAGE_B, combine, valid, threshold)
         loss, details = cowmix.mixing_loss(*given)
     loss.backward()
     torch.testing.assert_close((loss, details["confident"]), (expected, confident))
@@ -248,20 +244,12 @@ def test_recolor():
     torch.testing.assert_close(both, (0.5 * factor + shifted - 0.5).clamp(0, 1))  # c x + b
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (moved(mirror=-1.0), moved()),
-        (moved(x=3, y=1), moved()),
-        (moved(x=3), moved(x=3)),  # out of the picture for both
-        (moved(), moved(x=-2, y=3)),
-        (moved(x=1, mirror=-1.0), moved(x=-2, y=3)),
-    ],
-)
+@pytest.mark.parametrize("a", [moved(), moved(x=3, y=1), moved(x=1, mirror=-1.0)])
+@pytest.mark.parametrize("b", [moved(), moved(x=3), moved(x=-2, y=3)])
 def test_predictions_are_aligned(a, b):
     """A network of single pixels is consistent wherever both see the same place."""
-    image, network = images(1)[0], small_network(0, kernel=1)
-    loss, details = cowmix.aug_loss(network, network, image, a, b, nn.Identity(), GREY, ALL, 0.9)
+    network = small_network(0, kernel=1)
+    loss, details = cowmix.aug_loss(network, network, IMAGE_A, a, b, nn.Identity(), GREY, ALL, 0.9)
     assert loss < 1e-10 and 0.1 < details["confident"] < 0.9
     inside = torch.zeros(2, 9, 12)
     for y, x in itertools.product(range(9), range(12)):  # of the student's picture
@@ -271,19 +259,18 @@ def test_predictions_are_aligned(a, b):
         inside[:, y, x] = (both <= torch.tensor([6, 4.5])).all()
     expected = (network(details["mixed_image"]).softmax(1).amax(1) > 0.9).float()
     torch.testing.assert_close(details["confident"], (expected * inside).sum() / inside.sum())
-    assert inside.mean() < 1 or torch.equal(a[:, :, 2], b[:, :, 2])
 
 
 def test_pixels_out_of_sight_do_not_count():
-    image, student, teacher = images(1)[0], small_network(0, kernel=1), small_network(1, kernel=1)
+    student, teacher = small_network(0, kernel=1), small_network(1, kernel=1)
     others = nn.Identity(), GREY, ALL, 0.0
-    loss, _ = cowmix.aug_loss(student, teacher, image, moved(), moved(x=5), *others)
-    seen_by_both = image[..., :7]  # of 12 columns
+    loss, _ = cowmix.aug_loss(student, teacher, IMAGE_A, moved(), moved(x=5), *others)
+    seen_by_both = IMAGE_A[..., :7]  # of 12 columns
     square = (teacher(seen_by_both).softmax(1) - student(seen_by_both).softmax(1)).square()
     assert loss.item() == pytest.approx(square.sum().item() / (2 * 4 * 9 * 12), rel=1e-5)
     loss.backward()
     assert teacher.weight.grad is None  # no gradient reaches the teacher
-    loss, details = cowmix.aug_loss(student, teacher, image, moved(), moved(x=50), *others)
+    loss, details = cowmix.aug_loss(student, teacher, IMAGE_A, moved(), moved(x=50), *others)
     assert loss == 0 and details["confident"] == 0
 
 
@@ -557,7 +544,7 @@ FLAGS = """
 def test_every_flag_reaches_the_step(camvid):
     runs = {}
     for flags in ("", *FLAGS.strip().replace("\n", " | ").split(" | ")):
-        student = train(camvid, *flags.split()).state["student"].state_dict()
+        student = train(camvid, "--iterations", 2, *flags.split()).state["student"].state_dict()
         runs[flags] = torch.cat([value.flatten().float() for value in student.values()])
     for (one, a), (other, b) in itertools.combinations(runs.items(), 2):
         assert not torch.equal(a, b), (one, other)
@@ -630,7 +617,7 @@ def test_standard_augmentation_warps_labels_with_their_images(camvid):
         assert len(red) > 1 and red == sorted(red) and red[-1] - red[0] > 0.02
 
 
-def test_the_part_that_is_evaluated(command, camvid, tmp_path):
+def test_the_test_part_is_evaluated_if_there_is_one(command, camvid, tmp_path):
     argv = ("--data-dir", camvid, *TINY.split(), "--output-dir", tmp_path / "run")
     assert "mIoU on 3 val images" in command("cowmix", *argv)[1]
     (camvid / "test").symlink_to(camvid / "train")
@@ -643,15 +630,11 @@ def test_the_part_that_is_evaluated(command, camvid, tmp_path):
     assert status == 2 and "--evaluate-split test" in errors
 
 
-def test_the_folder_names_the_flags_that_differ_from_the_usual_recipe():
-    for flags, end in (
-        ("--perturbation cowmix --network unet", ""),
-        ("--perturbation cutmix --lr 1e-3", "_perturbation-cutmix_lr-0.001"),
-        ("--network deeplab --p-range 0.5 0.75", "_network-deeplab_p-range-0.5x0.75"),
-    ):
-        argv = ["--dataset", "camvid", *flags.split()]
-        _, args = parse_args("cowmix", cowmix.__doc__, cowmix.RECIPES, cowmix.preset, argv)
-        assert str(args.output_dir) == f"runs/cowmix_camvid_30_s0{end}"
+def test_the_folder_names_what_differs_from_the_data_set_s_recipe():
+    flags = ["--dataset", "camvid", "--perturbation", "cutmix", "--network", "deeplab"]
+    _, args = parse_args("cowmix", cowmix.__doc__, cowmix.RECIPES, cowmix.preset, flags)
+    name = str(args.output_dir).removeprefix("runs/cowmix_camvid_30_s0_")
+    assert {*name.split("_")} == {"perturbation-cutmix", "network-deeplab"}
 
 
 def test_flags_that_do_not_go_together(camvid):
