@@ -66,17 +66,27 @@ def _voc_files(root: Path):
     if not mats and not augmented and len(official) <= VOC_MASKS:
         tried = ", ".join(map(str, [voc / "SegmentationClassAug", *sbd]))
         raise InputError(f"{voc}: {len(official)} masks, but none of SBD's; tried {tried}")
-    listed = voc / "ImageSets/Segmentation/val.txt"
-    if not listed.is_file():
-        raise InputError(f"{listed}: no such file")
-    val, masks = set(read_lines(listed)), augmented | official
-    train = (mats.keys() | masks.keys()) - val
+    masks, val = augmented | official, _listed(voc, "val")
+    if val is None:
+        raise InputError(f"{voc / 'ImageSets/Segmentation/val.txt'}: no such file")
+    train = (_listed(voc, "train_aug", "trainaug") or mats.keys() | masks.keys()) - val
     files = {}
     for part, names, label_of in (("train", train, mats | masks), ("val", val, masks)):
         for name in sorted(names - (image_of.keys() & label_of.keys())):
             raise InputError(f"{voc}: {name} has no {'label' if name in image_of else 'image'}")
         files[part] = {name: (image_of[name], label_of[name]) for name in names}
     return files, _table(range(21)), VOC.split(), voc_palette(21)
+
+
+def _listed(voc: Path, *names: str) -> set[str] | None:
+    """Returns the image ids in the first of these lists. A line may hold paths instead."""
+    for name in names:
+        for path in sorted(voc.glob(f"ImageSets/Segmentation*/{name}.txt")):
+            lines = read_lines(path)
+            if not lines:
+                raise InputError(f"{path}: lists no image")
+            return {Path(line.split()[0]).stem for line in lines}
+    return None
 
 
 def _bdd100k_files(root: Path):

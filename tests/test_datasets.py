@@ -82,7 +82,7 @@ def test_folder_pairs_by_stem_and_keeps_images_without_labels(folder):
 
 
 def turn_grey(path: Path) -> None:
-    """Makes a palette PNG a grey one of as few bits a pixel, which Pillow reads but never writes."""
+    """Makes a palette PNG a grey one of as few bits. Pillow reads such files but writes none."""
     data = bytearray(path.read_bytes())
     data[25] = 0  # the color type
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -91,12 +91,14 @@ def turn_grey(path: Path) -> None:
 
 def test_labels_are_read_right_or_refused(folder):
     path = folder / "labels/train/street 0.png"
-    ids = np.random.default_rng(0).integers(0, 3, (40, 64)).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 3, (40, 64)).astype(np.uint8)
     palette = Image.fromarray(ids).convert("P")
     palette.putdata(ids.ravel())
-    palette.putpalette([250, 3, 9, 1, 1, 1, 77, 0, 5])
     for bits in (2, 4, 8):
-        palette.save(path, bits=bits)
+        palette.putpalette(rng.bytes(3 * 2**bits))
+        palette.save(path)
+        assert path.read_bytes()[24] == bits
         assert np.array_equal(open_dataset("folder", folder).train[0][1], ids)
         turn_grey(path)
         if bits < 8:
@@ -234,7 +236,7 @@ def draw(images, transform, number, *, start=0, workers=0, **options):
 def numbers(**options):
     """The indices that the images of each batch have."""
     batches = draw(NUMBERS, lambda seed, image, label: (image, label), **options)
-    assert all(torch.equal((255 * image[:, 0]).round().long(), label) for image, label in batches)
+    assert all(torch.equal(image[:, 0], label / 255) for image, label in batches)
     return [label.flatten().tolist() for _, label in batches]
 
 
@@ -252,6 +254,8 @@ def test_batch_t_depends_on_seed_stream_and_t_alone(camvid, workers):
     assert image.shape == (3, 3, 40, 40) and label.shape == (3, 40, 40)
     for other in ({"seed": 6}, {"stream": 0}):
         assert numbers(number=3, batch_size=6, **other) != numbers(number=3, batch_size=6)
+    seeds = draw(NUMBERS, lambda seed, image, _: (image, torch.tensor([[seed]])), 9, batch_size=6)
+    assert len({int(seed) for _, batch in seeds for seed in batch}) == 54  # each image has its own
 
 
 def test_micro_batches_together_are_the_batch(camvid):

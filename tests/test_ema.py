@@ -21,9 +21,8 @@ def test_update_is_an_exponential_average(decay):
     for student in students[1:]:
         update_teacher(teacher, student, decay=decay, buffers="keep")
     shares = [decay**4] + [(1 - decay) * decay ** (4 - i) for i in range(1, 5)]
-    for mine, *theirs in zip(
-        teacher.parameters(), *(s.parameters() for s in students), strict=True
-    ):
+    parameters = [network.parameters() for network in (teacher, *students)]
+    for mine, *theirs in zip(*parameters, strict=True):
         torch.testing.assert_close(mine, sum(w * p for w, p in zip(shares, theirs, strict=True)))
         assert decay or torch.equal(mine, theirs[-1])
 
