@@ -153,10 +153,10 @@ def gaussian_matrix(n: int, sigma: Tensor, largest: float) -> Tensor:
     repeated = offset + period * torch.arange(-repeats, repeats + 1, device=sigma.device)
     inside = repeated.abs() <= (4 * sigma + 0.5).floor()
     kernel = (torch.exp(-0.5 * (repeated / sigma) ** 2) * inside).sum(-1)
-    kernel = kernel / kernel[:, :period].sum(1, keepdim=True)  # [:, d + n - 1] is offset d
-    i, j = torch.arange(n, device=sigma.device).view(-1, 1), torch.arange(n, device=sigma.device)
-    itself, mirrored = j - i, j + i + 1  # offsets from i of value j and of its mirror image
-    return kernel[:, itself + n - 1] + kernel[:, mirrored + n - 1]
+    kernel = kernel / kernel[:, :period].sum(1, keepdim=True)
+    windows = kernel.unfold(1, n, 1)  # row s has the weights of offsets s + 1 - n to s
+    itself, mirrored = windows[:, :n].flip(1), windows[:, n:]  # at offsets j - i and j + i + 1
+    return itself + mirrored
 
 
 def cow_mask(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs of C3-SemiSeg behind the README: table 3 of the paper on streets; the baseline and the
-# full method with three seeds, each loss left out with one; samples of the last evaluation.
+# Trains C3-SemiSeg's runs for the README, table 3 of the paper on streets: the baseline and the full
+# method with three seeds, and the method without each of its losses with one seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=results/c3semiseg

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The pair behind the README's CamVid row: 30 labels, small size, no pretrained weights, on a CPU.
+# Trains ClassMix and its baseline for the README's CamVid row: 30 labels, small images, a small
+# network without pretrained weights, on a CPU.
 #     benchmarks/camvid.sh path/to/CamVid
 set -euo pipefail
 data=$(realpath "$1")

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# ComplexMix's rows of the README's table of streets, beside those of benchmarks/streets.sh: the same
-# recipe, splits and seeds, so that supervised and ClassMix runs need not be made again. With one
-# seed: each p alone (streets are 64 pixels high, so that 128 is 64), and half of the classes present
-# in a block.
+# Trains ComplexMix's runs for the README's table of streets: the method with three seeds; with one
+# seed each p alone (scenes are 64 pixels high, which makes p = 128 the same as 64) and --classes
+# present. Recipe, splits and seeds are those of benchmarks/streets.sh, which trains the baseline.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=results/streets

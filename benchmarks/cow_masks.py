@@ -1,7 +1,9 @@
-"""Draw cow masks as the paper's figure 4 does, and time them against SciPy's filter.
+"""Draws cow masks as in figure 4 of the paper, or times them against SciPy's filter.
 
-python benchmarks/cow_masks.py --picture results/cowmix/masks.png
-python benchmarks/cow_masks.py --repeats 20 --threads 2
+    python benchmarks/cow_masks.py --picture results/cowmix/masks.png
+    python benchmarks/cow_masks.py --repeats 20 --threads 2
+
+Timing draws two masks of 512x1024 pixels, once with cow_mask and once with listing 1 of the paper.
 """
 
 import argparse
@@ -22,29 +24,29 @@ SIGMAS, SIDE, GAP, CAPTION = (2, 4, 8, 16, 32, 64), 384, 8, 16
 
 
 def listing_1(size: tuple, sigma: float, p: float) -> np.ndarray:
-    """The paper's listing, corrected."""
+    """Listing 1 of the paper, corrected: a mask of one size and one sigma."""
     noise = np.random.normal(size=size)
     smooth = gaussian_filter(noise, sigma)
     return smooth > erfinv(p * 2 - 1) * 2**0.5 * smooth.std() + smooth.mean()
 
 
 def draw(path: Path) -> None:
-    """Figure 4: a mask for each sigma."""
+    """Writes a picture with a mask for each sigma (figure 4)."""
     sheet = Image.new("RGB", (len(SIGMAS) * (SIDE // 2 + GAP), CAPTION + SIDE // 2), "white")
     for column, sigma in enumerate(SIGMAS):
         generator = torch.Generator().manual_seed(column)
         mask = cow_mask(1, (SIDE, SIDE), sigma_range=(sigma, sigma), generator=generator)[0]
-        place = column * (SIDE // 2 + GAP)
+        left = column * (SIDE // 2 + GAP)
         picture = Image.fromarray(255 * mask.byte().numpy()).resize((SIDE // 2, SIDE // 2))
-        sheet.paste(picture, (place, CAPTION))
-        ImageDraw.Draw(sheet).text((place, 2), f"sigma {sigma}", fill="black")
+        sheet.paste(picture, (left, CAPTION))
+        ImageDraw.Draw(sheet).text((left, 2), f"sigma {sigma}", fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(path)
 
 
 def compare(repeats: int, threads: int) -> None:
-    """Milliseconds for two masks of 512x1024, sigma log-uniform from 8 to 32, drawing included."""
+    """Times two masks of 512x1024 with sigma log-uniform in 8 to 32, drawn noise included."""
     torch.set_num_threads(threads)
     rng, ours, theirs = np.random.default_rng(0), [], []
     for repeat in range(-1, repeats):
@@ -55,18 +57,21 @@ def compare(repeats: int, threads: int) -> None:
         middle = time.perf_counter()
         for s in sigmas:
             listing_1((512, 1024), s, 0.5)
-        if repeat >= 0:  # the first is a warm-up
+        if repeat >= 0:  # -1 is a warm-up
             ours.append(1e3 * (middle - began))
             theirs.append(1e3 * (time.perf_counter() - middle))
     for name, times in (("cow_mask", ours), ("listing 1, SciPy", theirs)):
         low, middle, high = np.percentile(times, (10, 50, 90))
         print(f"{name:18} median {middle:6.1f} ms, 10-90%: {low:.1f}-{high:.1f}")
-    share = np.array(ours) / np.array(theirs)
-    print(f"of SciPy's time: median {np.median(share):.3f}, largest {share.max():.3f}, n {repeats}")
+    ratio = np.array(ours) / np.array(theirs)
+    print(
+        f"cow_mask / SciPy: median {np.median(ratio):.3f}, largest {ratio.max():.3f}, n {repeats}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Draws or times."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--picture", type=Path, help="draw this file instead of timing")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# CowMix's rows of the README's table of streets: the baseline and CowMix with three seeds, every
-# other perturbation of the paper's table 1 with one. With CamVid's folder as an argument, also the
-# pair on real photographs: 30 labels, a small U-Net from scratch at a third of the size.
+# Trains CowMix's runs for the README's table of streets: the baseline and CowMix with three seeds,
+# the other perturbations of table 1 with one. If CamVid's folder is given, it also trains CowMix and
+# its baseline there: 30 labels, a small U-Net without pretrained weights, a third of the size.
 #     benchmarks/cowmix.sh [path/to/CamVid]
 set -euo pipefail
 data=${1:+$(realpath "$1")}
@@ -14,7 +14,7 @@ done
 for kind in cowout cutmix cutout ict aug; do
     python cowmix.py --perturbation "$kind" --output-dir "$out/cowmix_${kind}_s0"
 done
-# Standard augmentation changes labeled scenes too: its own baseline.
+# Standard augmentation changes labeled scenes too, therefore it has its own baseline.
 python cowmix.py --perturbation aug --supervised --output-dir "$out/cowmix_aug_supervised_s0"
 python benchmarks/table.py "$out"
 if [ -n "$data" ]; then

@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -31,7 +31,7 @@ CAMVID += " --size 48 64 --layers 1 1 1 1 --width 8 --data-dir"
 RUNS = {
     "classmix": """--warmup 8 --confidence-threshold 0.3
         --confidence-threshold 0.968; --supervised; --seed 1; --accumulate 2
-        --mask cow --sigma-range 2 6; --mask cut
+        --mask class; --mask cow --sigma-range 2 6; --mask cut
         --weighting pixel; --weighting ramp --ramp-iterations 30; --weighting constant
         --weight-scope sample; --unlabeled-loss squared-error; --unlabeled-loss soft-cross-entropy
         --crop 64 64; --crop 48 96 --scale-range 0.5 1.5; --extra-augmentations
@@ -39,14 +39,14 @@ RUNS = {
         --labeled 1/8 --split-seed 7; --labeled 1.0
         CAMVID --batch-size 4 --flip; CAMVID --batch-size 2 --crop 64 80 --scale-range 0.75 1.5""",
     "complexmix": """--warmup 8 --confidence-threshold 0.3
-        --confidence-threshold 0.968; --supervised; --unlabeled all; --accumulate 2
-        --blocks 4; --blocks 16; --blocks 64; --blocks 128; --classes present
+        --confidence-threshold 0.968; --supervised; --accumulate 2
+        --blocks 4; --blocks 16; --blocks 64; --blocks 128; --classes all; --classes present
         --weighting pixel; --weight-scope sample --unlabeled-weight 2
         CAMVID --batch-size 4 --optimizer adam --lr 6e-3 --head-factor 1""",
     "cowmix": """--confidence-threshold 0.3
         --confidence-threshold 0.97; --supervised; --accumulate 2; --labeled 1.0
-        --perturbation cowout; --perturbation cutmix; --perturbation cutout; --perturbation ict
-        --perturbation aug; --perturbation aug --supervised
+        --perturbation cowmix; --perturbation cowout; --perturbation cutmix; --perturbation cutout
+        --perturbation ict; --perturbation aug; --perturbation aug --supervised
         --network unet; --network unet --perturbation cutmix
         --p-range 0.2 0.8 --sigma-range 8 8; --crop 48 96 --scale-range 0.5 1.5
         --consistency-weight 3 --ema-decay 0.9 --head-factor 3 --lr 1e-3
@@ -55,28 +55,16 @@ RUNS = {
     "c3semiseg": """--warmup 8 --consistency-ramp 12 --initial-threshold 0.3
         --initial-threshold 0.9; --supervised; --labeled 1.0; --group-size 2; --accumulate 2
         --consistency-weight 0; --no-warmup-contrast; --no-contrast-road --ema-warm-start
-        --contrast labeled; --contrast unlabeled; --contrast none; --no-hard-sampling
+        --contrast both; --contrast labeled; --contrast unlabeled; --contrast none
+        --no-hard-sampling; --threshold-momentum 1
         --contrast none --teacher-view jitter; --contrast none --teacher-view strong
         --contrast none --student-view jitter; --contrast none --student-view weak
         --contrast none --mixing intra; --contrast none --mixing none
-        --contrast none --keep 0.4; --contrast none --keep 1; --threshold-momentum 1
+        --contrast none --keep 0.4; --contrast none --keep 1
         --crop 48 96 --scales 0.75 1.0 1.25
-        --batch-size 40 --group-size 40 --labeled 60 --iterations 10 --save-every 5 --warmup 2
+        --batch-size 40 --group-size 40 --labeled 48 --iterations 10 --save-every 5 --warmup 2
         CAMVID --batch-size 4 --aspp-rates 1 2 --per-class 8 --lr 6e-3 --backbone-factor 1""",
 }
-
-
-def call(module, argv: list[str]) -> str:
-    """Runs a command of a method file; returns the message that it fails with, or nothing."""
-    argv, errors = [f"{module.__name__}.py", *argv], StringIO()
-    with patch.object(sys, "argv", argv), redirect_stdout(StringIO()), redirect_stderr(errors):
-        try:
-            module.main()
-        except SystemExit as stop:
-            return f"exit {stop.code}: {errors.getvalue().strip()}"
-        except Exception as error:
-            return repr(error)
-    return ""
 
 
 def numbers(folder: Path) -> dict:
@@ -91,10 +79,11 @@ def numbers(folder: Path) -> dict:
     return found
 
 
-def train(module, argv: list[str]) -> dict:
+def train(method: str, flags: str) -> dict:
     """The numbers of a training, and whether resuming it in the middle gives the same."""
+    torch_save, program = torch.save, f"{method}.py"
     with tempfile.TemporaryDirectory() as folder:
-        whole, half, torch_save = Path(folder, "whole"), Path(folder, "half"), torch.save
+        whole, half = Path(folder, "whole"), Path(folder, "half")
 
         def save(checkpoint, path):
             torch_save(checkpoint, path)
@@ -102,12 +91,13 @@ def train(module, argv: list[str]) -> dict:
                 shutil.copytree(whole, half)
                 torch_save(checkpoint, half / "last.pt")
 
-        with patch.object(torch, "save", save):
-            if error := call(module, [*argv, "--output-dir", str(whole)]):
-                return {"error": error}
-            error = call(module, ["--resume", str(half / "last.pt")])
+        argv = [program, *flags.split(), "--output-dir", str(whole)]
+        resume = [program, "--resume", str(half / "last.pt")]
+        for sys.argv in (argv, resume):
+            with patch.object(torch, "save", save), redirect_stdout(StringIO()):
+                importlib.import_module(method).main()
         found = numbers(whole)
-        return found | {"resumed": error or difference(found, numbers(half)) or "equal"}
+        return found | {"resumed": difference(found, numbers(half)) or "equal"}
 
 
 def record(checkout: Path, out: Path, chosen: list[str], camvid: str) -> None:
@@ -121,14 +111,14 @@ def record(checkout: Path, out: Path, chosen: list[str], camvid: str) -> None:
     out.write_text("")
     for method, text in RUNS.items():
         common, *lines = text.splitlines()
-        for flags in (flags.strip() for line in lines for flags in line.split(";")):
-            name = f"{method} {flags}"
-            if name.startswith(tuple(chosen)) and (camvid or "CAMVID" not in flags):
-                argv = f"{STEPS} {common} {flags}".replace("CAMVID", f"{CAMVID} {camvid}").split()
-                found = train(importlib.import_module(method), argv)
+        for flags in ";".join(lines).split(";"):
+            name = f"{method} {flags.strip()}"
+            if name.startswith(tuple(chosen)) and (camvid or "CAMVID" not in name):
+                flags = flags.replace("CAMVID", f"{CAMVID} {camvid}")
+                found = train(method, f"{STEPS} {common} {flags}")
                 with out.open("a") as file:
                     file.write(json.dumps({"run": name, **found}) + "\n")
-                print(f"{name}: {found.get('error') or 'resumed: ' + found['resumed']}", flush=True)
+                print(f"{name}: recorded, resumed: {found['resumed']}", flush=True)
 
 
 def difference(a, b, place: str = "") -> str:
@@ -143,14 +133,13 @@ def difference(a, b, place: str = "") -> str:
 
 def compare(*paths: Path) -> None:
     """Prints a line for each training of two recordings; exits with 1 if any differs."""
-    entries = [list(map(json.loads, path.read_text().splitlines())) for path in paths]
-    a, b = ({entry["run"]: entry for entry in recording} for recording in entries)
-    texts = {
-        run: difference(a[run], b[run]) if run in a and run in b else "missing in one"
-        for run in {**a, **b}
-    }
-    print("\n".join(f"{run}: {text or 'equal'}" for run, text in texts.items()))
-    sys.exit(any(texts.values()))
+    a, b = ({e["run"]: e for e in map(json.loads, path.open())} for path in paths)
+    differs = False
+    for run in {**a, **b}:
+        text = difference(a[run], b[run]) if run in a and run in b else "only in one recording"
+        differs = differs or text != ""
+        print(f"{run}: {text or 'equal'}")
+    sys.exit(differs)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""A Markdown table from the result.json files of runs: mean and spread over seeds.
+"""Prints a Markdown table of the result.json files of runs: mean and standard deviation over seeds.
 
     python benchmarks/table.py results/streets
 
-Rows are settings (a run's folder name without its seed), columns the mIoU of student and teacher.
+Runs whose folders have the same name but for the seed make one row.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="has run folders, at any depth")
+    parser.add_argument("folder", type=Path, help="holds run folders, at any depth")
     runs = defaultdict(list)
     for path in sorted(parser.parse_args().folder.rglob("result.json")):
         runs[re.sub(r"_s\d+", "", path.parent.name)].append(json.loads(path.read_text()))

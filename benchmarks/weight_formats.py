@@ -1,8 +1,8 @@
-"""A Markdown table of the weight formats that --weights reads.
+"""Prints a Markdown table of the weight formats that --weights reads.
 
     python benchmarks/weight_formats.py
 
-One small file of random numbers for each format is written into a temporary folder and loaded.
+Writes a small file of random numbers in each format and loads it. Tests use these files too.
 """
 
 import re
@@ -23,10 +23,20 @@ from common.deeplab import DeepLabV2, load_weights
 SHAPE = {"layers": (2, 1, 11, 1), "width": 4}  # more than nine blocks: two digits
 HEAD = "layer5.conv2d_list"
 State = dict[str, Tensor]
+KAZUTO = (  # key names of kazuto1011/deeplab-pytorch
+    (r"^layer5\.conv2d_list\.", "aspp.c"),
+    (r"^layer(\d)\.(\d+)", lambda m: f"layer{int(m[1]) + 1}.block{int(m[2]) + 1}"),
+    (r"\.(conv|bn)1\.", r".reduce.\1."),
+    (r"\.(conv|bn)2\.", r".conv3x3.\1."),
+    (r"\.(conv|bn)3\.", r".increase.\1."),
+    (r"downsample\.0", "shortcut.conv"),
+    (r"downsample\.1", "shortcut.bn"),
+    (r"^(conv|bn)1\.", r"layer1.conv1.\1."),
+)
 
 
 def randomize(state: State) -> State:
-    """Normal weights scaled to keep the activations' size; positive variances."""
+    """Fills a state dict with normal weights that keep the size of activations."""
     for name, value in state.items():
         if value.is_floating_point():
             value.normal_(std=max(1, value[0].numel()) ** -0.5)
@@ -36,7 +46,7 @@ def randomize(state: State) -> State:
 
 
 def rename(state: State, beginnings: dict[str, str]) -> State:
-    """Keys with other beginnings, of the first that fits."""
+    """Replaces the first of the beginnings that a key has."""
     renamed = {}
     for key, value in state.items():
         old = next((old for old in beginnings if key.startswith(old)), "")
@@ -45,35 +55,23 @@ def rename(state: State, beginnings: dict[str, str]) -> State:
 
 
 def published(num_classes: int, seed: int = 0) -> State:
-    """As resnet101COCO-41f33a49.pth, smaller: its key names, no num_batches_tracked."""
+    """A small resnet101COCO-41f33a49.pth: its key names, without num_batches_tracked."""
     torch.manual_seed(seed)
     state = DeepLabV2(num_classes, **SHAPE).state_dict()
-    left_out = [name for name in state if name in ("mean", "std") or "num_batches" in name]
+    left_out = ("mean", "std", *(name for name in state if "num_batches" in name))
     kept = {name: value for name, value in state.items() if name not in left_out}
     return randomize(rename(kept, {"classifiers": HEAD}))
 
 
 def kazuto(state: State, prefix: str) -> State:
-    """The key names of kazuto1011/deeplab-pytorch."""
-    units = {"conv1": "reduce.conv", "conv2": "conv3x3.conv", "conv3": "increase.conv"}
-    units |= {"bn1": "reduce.bn", "bn2": "conv3x3.bn", "bn3": "increase.bn"}
-    units |= {"downsample.0": "shortcut.conv", "downsample.1": "shortcut.bn"}
-    renamed = {}
-    for key, value in state.items():
-        name, part = key.rsplit(".", 1)
-        if match := re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", name):
-            stage, block, unit = match.groups()
-            name = f"layer{int(stage) + 1}.block{int(block) + 1}.{units[unit]}"
-        elif name.startswith(HEAD):
-            name = f"aspp.c{name[-1]}"
-        else:
-            name = f"layer1.conv1.{name.removesuffix('1')}"
-        renamed[f"{prefix}{name}.{part}"] = value
-    return renamed
+    """Returns the tensors of published() with the key names of kazuto1011/deeplab-pytorch."""
+    for old, new in KAZUTO:
+        state = {re.sub(old, new, key): value for key, value in state.items()}
+    return rename(state, {"": prefix})
 
 
 def contents(num_classes: int) -> dict[str, object]:
-    """What the files hold, all of it made from published(num_classes); the last are refused."""
+    """Returns what a file of each format holds. The last three files are refused."""
     state, other = published(num_classes), published(2, seed=1)
     trunk = {key: value for key, value in state.items() if not key.startswith(HEAD)}
     fc = {"fc.weight": torch.rand(1000, 128), "fc.bias": torch.rand(1000)}
@@ -105,13 +103,13 @@ def contents(num_classes: int) -> dict[str, object]:
 
 
 def summary(names: list[str]) -> str:
-    """How many, and what the names begin with."""
+    """The number of names and what they begin with."""
     beginnings = ", ".join(dict.fromkeys(f"{name.split('.')[0]}.*" for name in names))
     return f"{len(names)}: {beginnings}" if names else "0"
 
 
 def main() -> None:
-    """Write, load, print."""
+    """Prints a row for each format."""
     print("| file | read as | matched | kept at initialisation | left out | input convention |")
     print("|---|---|---|---|---|---|")
     for name, content in contents(num_classes=19).items():
@@ -123,9 +121,9 @@ def main() -> None:
             except InputError as error:
                 print(f"| {name} | refused: {str(error).split(': ', 1)[1]} | | | | |")
                 continue
-        kind, convention = loaded.kind.removesuffix(")").split(" (")
-        counts = len(loaded.matched), summary(loaded.missing), summary(loaded.unused)
-        print(f"| {name} | {kind} | {' | '.join(map(str, counts))} | {convention} |")
+        read_as, convention, network = re.fullmatch(r"(.+) \((.+)\)(.*)", loaded.format).groups()
+        counts = f"{len(loaded.matched)} | {summary(loaded.missing)} | {summary(loaded.unused)}"
+        print(f"| {name} | {read_as}{network} | {counts} | {convention} |")
 
 
 if __name__ == "__main__":

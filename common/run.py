@@ -50,7 +50,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
             train(recipe, args)
             ranks.leave()
     except KeyboardInterrupt as error:
-        number = signal.Signals(error.args[0])
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         line, status = f"stopped by {number.name}", 128 + number
     except (InputError, OSError) as error:
         # A loader process puts its traceback before the message.
