@@ -12,21 +12,20 @@ drawn anew in each block. p, which sets the complexity, is drawn in each iterati
     complexmix_loss     equation 3, unlabeled term of equation 1
 
     choice             paper                 here                             flag
-    half of which      all C (section 3.1),  all C: most small blocks have    --classes present
-      classes          those in the block    one class, half of it is none
-    half of odd C      C/2                   floor(C/2)
+    half of which      all C (section 3.1),  all C, because small blocks      --classes present
+      classes          of a block (sec. 1)   hold one class; floor(1/2) = 0
     p                  "each iteration"      one for a batch, uniform         --blocks 4 16
     confidence         "sufficiently high"   lambda: share of such pixels     --weighting pixel
     warm-up            "initial training"    1000 of the 40000 steps          --warmup
-    teacher            -                     0.99, from the warm-up's end     --ema-decay
+    teacher            -                     rises to 0.99 after the warm-up  --ema-decay
     1/N (eq. 2, 3)     labeled examples      mean over images and pixels
 
 No code was published. What is not in the table is as in classmix.py.
 
     python complexmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
-The paper has 62.25 +- 1.22% for that (five runs; 1/30: 53.88, 1/4: 64.07, 1/2: 66.77).
-Measured on streets with 32 labels: 55.9% mIoU, supervised 51.5% (3 seeds; README.md, results/).
+The paper reports 62.25 +- 1.22% mIoU for this command (1/30: 53.88, 1/4: 64.07, 1/2: 66.77).
+Measured on streets, student: 55.9% with 32 labels, supervised 51.5% (3 seeds; README.md, results/).
 """
 
 import argparse
@@ -61,12 +60,14 @@ class Recipe:
     nesterov: bool = False  # use Nesterov momentum with SGD
     weight_decay: float = 5e-4  # weight decay of all trained parameters
     ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
-    weight_scope: Literal["batch", "sample"] = "batch"  # where the share in lambda is taken
+    weight_scope: Literal["batch", "sample"] = (
+        "batch"  # lambda averages over the batch or each image
+    )
     blocks: tuple[Count, ...] = (4, 16, 64, 128)  # choices of p, the number of blocks a side (3.1)
-    classes: Literal["all", "present"] = "all"  # half of all, or of those in the block (3.1)
+    classes: Literal["all", "present"] = "all"  # half of all (3.1), or of a block's
     weighting: Literal["fraction", "pixel"] = "fraction"  # lambda (code)
     unlabeled_weight: float = 1.0  # factor of lambda (ours)
-    confidence_threshold: Share = 0.968  # tau, the least confidence that counts
+    confidence_threshold: Share = 0.968  # tau: a pixel of this confidence is confident
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
     width: Count = 64  # channels of the first convolution
     aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers
@@ -75,7 +76,7 @@ class Recipe:
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
 SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
 ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
-# Data sets that the paper does not have take the numbers of the one they resemble most.
+# Data sets that the paper does not use take the numbers of those that they resemble.
 RECIPES = {
     "cityscapes": Recipe(),
     "voc": VOC,
@@ -173,7 +174,7 @@ def complexmix_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
-    Each image is pasted onto the next one of the batch, and the last onto the first. make_mask
+    Each image is pasted onto the next one of the batch, which needs two images. make_mask
     turns pseudo-labels (B,H,W) into masks. Section 3.1: prob g(u), pseudo_label y, mask M.
     """
     with torch.no_grad():
@@ -216,8 +217,8 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
     run.check_batch_size(recipe.batch_size, args, accumulate=args.accumulate, least=2)
     if recipe.scale_range != (1.0, 1.0) and recipe.crop is None:
         raise InputError("--scale-range: needs --crop, because scaled images differ in size")
-    if recipe.nesterov and recipe.momentum == 0:
-        raise InputError("--nesterov: needs --momentum above 0")
+    if recipe.nesterov and (recipe.momentum == 0 or recipe.optimizer != "sgd"):
+        raise InputError("--nesterov: needs --optimizer sgd and --momentum above 0")
     if recipe.warmup >= recipe.iterations and not args.supervised:
         reason = f"{recipe.iterations} iterations, but {recipe.warmup} of them are warm-up"
         raise InputError(f"{reason}: raise --iterations or lower --warmup")

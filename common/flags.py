@@ -82,7 +82,7 @@ def _stored(checkpoint: dict, recipe_class: type, settings: dict, given: dict):
         return recipe, {**settings, "precision": None}  # the stored one may not suit this machine
     for name, kept in {**{name: settings[name] for name in FIXED}, **asdict(recipe)}.items():
         if given.get(name, kept) != kept:
-            raise InputError(f"{_flag(name)}: the run to resume has {kept}; start a new run")
+            raise InputError(f"{_flag(name)}: this run was started with {kept}; start a new one")
     return recipe, settings
 
 
@@ -155,18 +155,36 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     add("--weights", help="initial weights: imagenet, none or a file")
     add("--seed", **seed, help="seed of weights, batches and masks (default: 0)")
     add("--device", help="torch device (default: cuda if available, else cpu)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, fp32 on CPU")
+    add(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="number format of the networks (default: bf16 on CUDA)",
+    )
     add("--compile", **yes_or_no, help="compile the networks (default: on CUDA)")
     add("--accumulate", type=count, metavar="N", help="split a batch into N micro-batches")
     add("--workers", type=natural, metavar="N", help="number of loader processes")
     add("--output-dir", help="folder of the run (default: runs/<method>_<dataset>_<labeled>_s...)")
     command("--resume", metavar="CKPT|auto", help="continue a last.pt; auto: the newest, if any")
-    add("--eval-every", type=count, metavar="STEPS", help="default: an eighth of the run")
-    add("--save-every", type=count, metavar="STEPS", help="default: a fortieth of the run")
+    add(
+        "--eval-every",
+        type=count,
+        metavar="STEPS",
+        help="evaluate each STEPS steps (default: 8 times in all)",
+    )
+    add(
+        "--save-every",
+        type=count,
+        metavar="STEPS",
+        help="save each STEPS steps (default: 40 times in all)",
+    )
     add("--tensorboard", **on, help="also write TensorBoard event files")
     command("--evaluate", metavar="CKPT", help="print the IoU of student and teacher, and end")
     add("--full-resolution", **on, help="evaluate at the labels' own size")
-    add("--evaluate-split", choices=("val", "test"), help="default: test if there is one, else val")
+    add(
+        "--evaluate-split",
+        choices=("val", "test"),
+        help="images to evaluate (default: test if there)",
+    )
     command("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="label pictures, and end")
     add("--out", help="folder for --predict (default: predictions)")
     sections = "numbers in parentheses are sections of the paper"

@@ -16,7 +16,7 @@ _NUMBER = torch.zeros((), dtype=torch.int64)  # kept for ever: torch 2.5 may han
 def join(args) -> None:
     """Connects the ranks. From here on only rank 0 prints to stdout."""
     if args.ranks > 1:
-        # Whole numbers go through gloo, because no rank should wait for its GPU to send them. The
+        # Numbers on the host go through gloo, so that no rank waits for its GPU to send one. The
         # timeout is long because ranks wait while rank 0 evaluates or decodes images.
         backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))

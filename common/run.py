@@ -106,8 +106,8 @@ class Session:
 
     split holds the indices of the labeled and of the unlabeled images. state holds what a
     checkpoint keeps, by name: "student", "teacher", "optimizer" and whatever else has a
-    state_dict. headline is the network that the paper reports, "student" or "teacher". A rank has
-    `accumulate` micro-batches, or --accumulate; micro_batches numbers them across all ranks.
+    state_dict. headline is the network to report, "student" or "teacher". A rank has `accumulate`
+    micro-batches, or --accumulate; micro_batches numbers them across all ranks.
     """
 
     def __init__(self, recipe, args, data: Data, split, state, *, headline: str, accumulate=None):
@@ -352,7 +352,7 @@ class Session:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets write() fill a temporary file and renames it: path is whole or not there."""
+    """Lets write() fill a temporary file, then renames it: path is never half-written."""
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
