@@ -230,7 +230,7 @@ def sample_pixels(label, prediction, per_class=20, *, num_classes, hard=True, ge
 
     (B,h,w) int64 twice -> index into the flattened grid, label, both (B*K*per_class,). Hard pixels
     are those with a wrong prediction. If there are too few hard or other pixels for a half, the
-    other kind makes up the number. Classes with per_class pixels or fewer in an image get label 255.
+    other kind makes up the number. A class with per_class pixels or fewer there gets label 255.
     """
     pixels = label[0].numel()
     missing = max(0, per_class - pixels)  # topk needs per_class pixels; these are void

@@ -28,7 +28,7 @@ TINY = """--dataset camvid --labeled 4 --size 24 32 --weights none --layers 1 1 
 OWN = {
     "classmix": "--warmup 2 --confidence-threshold 0.2 --extra-augmentations --flip",
     "complexmix": "--warmup 2 --confidence-threshold 0.2",
-    "cowmix": "--confidence-threshold 0.1 --network deeplab",
+    "cowmix": "--confidence-threshold 0.1 --network deeplab --lr-power 0.9",
     "c3semiseg": "--warmup 2 --per-class 3 --consistency-ramp 2 --initial-threshold 0.15",
 }
 
@@ -67,12 +67,28 @@ def stopping_train(method: str, step: int, *numbers: int, rank=0):
     return partial(import_module(method).train, make_session=Stopped)
 
 
-def start(*argv, ranks=1, options=(), **more) -> subprocess.Popen:
-    """Starts a script, or -c CODE, with pipes; torchrun starts it if there are several ranks."""
+def start(*argv, ranks=1, options=()) -> subprocess.Popen:
+    """Starts a script, or -c CODE, in a process group; by torchrun if there are several ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *((*launcher, *options) if ranks > 1 else ()), *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, **pipes, **more)
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, **pipes)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Process ids of the loader processes or ranks that a process has started."""
+    return [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits and returns status, stdout and stderr. A process that hangs fails the test."""
+    try:
+        out, errors = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        for number in (*children(process), process.pid):
+            os.kill(number, signal.SIGKILL)
+        raise
+    return process.returncode, out, errors
 
 
 def problems(errors: str) -> list[str]:

@@ -1,27 +1,24 @@
 """The decoded cache, on generated files of Cityscapes' size."""
 
-import errno
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import publish, write_cityscapes
+from conftest import ROOT, children, finish, problems, publish, same_state, start, write_cityscapes
 from PIL import Image
-from test_run import ROOT, SMALL, problems, same_state
 
-from common import InputError, cache, layouts
+from common import cache
 from common.datasets import open_dataset
 
 SIZE = (64, 128)
+SMALL = """--dataset cityscapes --labeled 1 --size 64 128 --weights none --layers 1 1 1 1 --width 4
+--batch-size 2 --aspp-rates 1 2 --data-dir"""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +38,6 @@ def open_train(tree, size=SIZE):
 
 
 def prepared(tree, size=SIZE):
-    cache._arrays.cache_clear()  # as another process would find it
     train = open_train(tree, size)
     train.prepare()
     return train
@@ -72,30 +68,30 @@ def test_the_cache_holds_what_direct_reading_gives(tree, capsys):
     assert {a.dtype for a in arrays} == {np.dtype(np.uint8)}
 
 
-def test_a_fresh_cache_is_used_and_a_stale_one_is_made_anew(tree, monkeypatch):
+def test_a_fresh_cache_is_used_and_a_stale_one_is_replaced(tree):
     prepared(tree)
     (first,) = made(tree)
     stamp = first.stat().st_mtime_ns
     assert prepared(tree).cache == first and first.stat().st_mtime_ns == stamp
     moved = tree.rename(tree.with_name("moved"))
     assert prepared(moved).cache.name == first.name
-    path = next(moved.rglob("trainb_000002*_leftImg8bit.png"))
+    path = next(moved.rglob("train?_000002*_leftImg8bit.png"))
     before = path.stat()
     Image.new("RGB", (2048, 1024), (9, 8, 7)).save(path)
     train = prepared(moved)
     (second,) = made(moved)
-    assert [plane.unique().tolist() for plane in train[2][0]] == [[9], [8], [7]]
+    index = [image for image, _ in train.files].index(path)
+    assert [plane.unique().tolist() for plane in train[index][0]] == [[9], [8], [7]]
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     prepared(moved)
     (third,) = made(moved)
-    monkeypatch.setattr(cache, "_VERSION", 0)
-    prepared(moved)
+    train = open_train(moved)
+    train.label_table = np.where(train.label_table == 0, 1, train.label_table)
+    train.prepare()
     (fourth,) = made(moved)
     assert len({first.name, second.name, third.name, fourth.name}) == 4
-    assert prepared(moved, (32, 64))[0][0].shape == (3, 32, 64)
-    assert made(moved) == [fourth]
-    monkeypatch.setattr(layouts, "_CITYSCAPES_IDS", tuple(range(19)))
-    assert same(prepared(moved), open_train(moved)) and made(moved) != [fourth]
+    assert not (torch.stack([train[k][1] for k in range(3)]) == 0).any()
+    assert prepared(moved, (32, 64))[0][0].shape == (3, 32, 64) and made(moved) == [fourth]
 
 
 def test_only_large_images_that_are_resized_are_cached(tree, tmp_path):
@@ -113,184 +109,127 @@ def test_only_large_images_that_are_resized_are_cached(tree, tmp_path):
     assert image.shape == (3, *SIZE) and label.shape == (1024, 2048)
 
 
-def test_a_damaged_source_leaves_no_cache(tree):
-    path = next(tree.rglob("trainb_000002*_leftImg8bit.png"))
-    path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(InputError, match=path.name):
-        prepared(tree)
-    assert made(tree) == []
-
-
-@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
-@pytest.mark.parametrize("damage", [0, 60, 1000, None])
-def test_a_damaged_cache_is_made_anew(tree, name, damage):
-    prepared(tree)
-    (place,) = made(tree)
-    path = place / name
-    path.unlink() if damage is None else os.truncate(path, damage)
-    assert same(prepared(tree), open_train(tree)) and made(tree) == [place]
-
-
-def test_where_it_cannot_be_written_files_are_read_as_they_are(tree, capsys):
-    (tree / ".cache-64x128").write_text("a file")
-    train = prepared(tree)
+@pytest.mark.parametrize("full", [False, True])
+def test_where_a_cache_cannot_be_written_files_are_read_directly(tree, capsys, full):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full:  # no file may grow beyond 60 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    else:
+        (tree / ".cache-64x128").write_text("a file")
+    try:
+        train = prepared(tree)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     errors = capsys.readouterr().err
     assert errors.startswith("warning: no cache") and errors.count("\n") == 1
-    assert train.cache is None and train[0][0].shape == (3, *SIZE)
-    train.prepare()
+    assert train.cache is None and same(train, open_train(tree))
+    assert not full or made(tree) == []
+    train.prepare()  # tried once
     assert capsys.readouterr().err == ""
 
 
-def items(look, value=1):
-    """Three pairs of image and label; before each of them a look at the folder."""
-    for _ in range(3):
-        look()
-        yield np.full((3, 4, 6), value, np.uint8), np.full((4, 6), 2 * value, np.uint8)
+def items(before=lambda: None):
+    """Three pairs of image and label, and what happens before each of them."""
+    for k in range(3):
+        before()
+        yield np.full((3, 4, 6), k + 1, np.uint8), np.full((4, 6), 2 * k + 2, np.uint8)
 
 
-def nothing():
-    pass
+def holds_items(place):
+    pairs = [cache.read(place, k) for k in range(3)]
+    assert [image.shape for image, _ in pairs] == [(3, 4, 6)] * 3
+    assert [(set(image.flat), set(label.flat)) for image, label in pairs] == [
+        ({k + 1}, {2 * k + 2}) for k in range(3)
+    ]
 
 
-def test_nothing_half_written_is_ever_in_place(tmp_path, monkeypatch):
-    def look():
-        seen.append([path.suffix for path in folder.iterdir()])
-
-    def interrupt():
-        look()
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-
-    seen, folder = [], tmp_path / "cache"
-    place = folder / "key"
-    with pytest.raises(KeyboardInterrupt):
-        cache.build(place, 3, items(interrupt))
-    assert seen == [[".partial"]] * 2 and not list(folder.iterdir())
-    calls, sync, move = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or sync(file))
-    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("move") or move(*paths))
-    assert cache.build(place, 3, items(look))
-    assert seen == [[".partial"]] * 5 and list(folder.iterdir()) == [place]
-    assert calls == ["sync", "sync", "move"]
-    assert sorted(path.name for path in place.iterdir()) == ["images.npy", "labels.npy"]
-    image, label = cache.read(place, 2)
-    assert (image == 1).all() and image.shape == (3, 4, 6) and (label == 2).all()
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
+@pytest.mark.parametrize("length", [0, 60, 150, None])
+def test_a_damaged_cache_is_told_and_replaced(tmp_path, name, length):
+    place = tmp_path / "cache/key"
+    cache.build(place, 3, items())
+    (place / name).unlink() if length is None else os.truncate(place / name, length)
+    assert not cache.is_sound(place)
+    cache.build(place, 3, items())
+    assert cache.is_sound(place) and list(place.parent.iterdir()) == [place]
+    holds_items(place)
 
 
-def test_one_run_builds_and_the_others_wait_for_it(tmp_path):
-    def begin():
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_two_builders_at_once_both_end_with_a_sound_cache(tmp_path, moment):
+    """The second one builds the whole cache while the first one decodes this image."""
+
+    def build_too():
+        assert place.exists() == (len(began) >= moment)
         began.append(None)
-        second.submit(lambda: None)  # there is a second thread by now
+        if len(began) == moment:
+            cache.build(place, 3, items())
+            holds_items(place)
 
-    began, place = [], tmp_path / "cache" / "key"
-    with ThreadPoolExecutor(2) as second:
-        results = list(second.map(lambda _: cache.build(place, 3, items(begin)), range(2)))
-    assert results == [True, True] and len(began) == 3 and list(place.parent.iterdir()) == [place]
-    assert [cache.read(place, k)[1].mean() for k in range(3)] == [2, 2, 2]
-
-
-READ = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from common import cache
-assert cache.is_sound(Path(sys.argv[2]))
-print("open", flush=True)
-sys.stdin.read()
-"""
+    began, place = [], tmp_path / "cache/key"
+    cache.build(place, 3, items(build_too))
+    holds_items(place)
+    assert list(place.parent.iterdir()) == [place]
 
 
-def test_what_another_run_reads_is_not_removed(tmp_path):
-    first, second, third = (tmp_path / "cache" / name for name in ("first", "second", "third"))
-    cache.build(first, 3, items(nothing))
-    cache._arrays.cache_clear()
-    argv, pipe = [sys.executable, "-c", READ, ROOT, first], subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True) as reader:
-        assert reader.stdout.readline() == "open\n"
-        cache.build(second, 3, items(nothing))
-        assert sorted(first.parent.iterdir()) == [first, second]
-        reader.stdin.close()
-        reader.wait()
-    cache._arrays.cache_clear()
-    cache.build(third, 3, items(nothing))
-    assert list(first.parent.iterdir()) == [third]
-
-
-def test_without_locks_what_is_stale_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache.fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "none")))
-    first, second = (tmp_path / "cache" / name for name in ("first", "second"))
-    assert cache.build(first, 3, items(nothing))
-    cache._arrays.cache_clear()
-    assert cache.build(second, 3, items(nothing)) and cache.read(second, 0)[0].mean() == 1
-    assert list(first.parent.iterdir()) == [second]
-
-
-SLOW = """
+SLOW = f"""
 import sys, time
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, {str(ROOT)!r})
 import classmix
 from common import datasets
-decode = datasets._decode
-datasets._decode = lambda *what: time.sleep(0.3) or decode(*what)
-sys.argv[1:] = sys.argv[2:]
+read = datasets.read_image
+datasets.read_image = lambda *what: time.sleep(0.3) or read(*what)
 classmix.main()
 """
 
 
-def slow_build(tree, number):
-    """Sends this signal to a run that is making the cache; returns it and its workers."""
-    flags = ("--dataset", "cityscapes", "--data-dir", tree, "--labeled", 1, *SMALL)
-    flags = (ROOT, *flags, "--size", *SIZE, "--output-dir", tree / "run")
-    argv = [sys.executable, "-c", SLOW, *map(str, flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run = subprocess.Popen(argv, **pipes)
-    workers = []
-    while not workers and run.poll() is None:
-        time.sleep(0.05)
-        if any(path.stat().st_size for path in tree.rglob("*.partial/*/images.npy")):
-            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-            workers = [Path("/proc") / child for child in children]
-    run.send_signal(number)
-    return run, workers
-
-
-def left(workers):
-    """Those of the processes that live on."""
+def alive(workers):
+    """Those of the processes that have not ended."""
     return [w for w in workers if w.exists() and "State:\tZ" not in (w / "status").read_text()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_build_leaves_nothing(tree, number):
-    run, workers = slow_build(tree, number)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 128 + number
-    assert problems(errors) == [f"classmix.py: stopped by {number.name}"]
-    assert made(tree) == [] and not left(workers)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_ends_early_leaves_no_process_and_no_cache(tree, number):
+    flags = (*SMALL.split(), tree, "--output-dir", tree / "run")
+    process, workers = start("-c", SLOW, *flags), []
+    while not workers and process.poll() is None:
+        time.sleep(0.05)
+        if any(path.stat().st_size for path in tree.rglob("images.npy")):
+            workers = [Path("/proc") / str(child) for child in children(process)]
+    process.send_signal(number)
+    status, _, errors = finish(process)
+    if number == signal.SIGKILL:
+        deadline = time.monotonic() + 60
+        while alive(workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (left,) = made(tree)
+        train = prepared(tree)
+        assert train.cache != left and made(tree) == [train.cache]
+    else:
+        assert status == 128 + number and made(tree) == []
+        assert problems(errors) == [f"classmix.py: stopped by {number.name}"]
+    assert workers and not alive(workers)
 
 
-def test_what_a_killed_build_leaves_is_removed(tree):
-    run, workers = slow_build(tree, signal.SIGKILL)
-    run.communicate(timeout=60)
-    assert [path.suffix for path in made(tree)] == [".partial"]
-    deadline = time.monotonic() + 60
-    while left(workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left(workers)
-    train = prepared(tree)
-    assert made(tree) == [train.cache]
-
-
-def test_a_run_decodes_once_a_machine(command, tree, tmp_path, monkeypatch):
-    args = ("--dataset", "cityscapes", "--data-dir", tree, "--labeled", 1, *SMALL)
-    args += ("--size", *SIZE, "--iterations", 2, "--workers", 1)
-    # The first process of all decodes the validation images, of its machine the training images.
-    for k, (local_rank, decoded) in enumerate([(1, 1), (0, 1), (1, 0)]):
+def test_a_run_decodes_each_image_once_on_a_machine(command, tree, tmp_path, monkeypatch):
+    args = (*SMALL.split(), tree, "--iterations", 2, "--workers", 1, "--output-dir")
+    (tree / ".cache-64x128").write_text("a file")  # the first run has to decode in each step
+    for local_rank, decoded in ((0, 0), (0, 2), (1, 0)):  # training and validation images
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        status, printed, errors = command("classmix", *args, "--output-dir", tmp_path / f"{k}")
-        assert (status, errors) == (0, "") and printed.count("decoding") == decoded
-    same_state(tmp_path / "0", tmp_path / "2")
-    path = next(tree.rglob("traina_000001*_leftImg8bit.png"))
+        out = tmp_path / f"{local_rank}{decoded}"
+        status, printed, _ = command("classmix", *args, out)
+        assert status == 0 and printed.count("decoding") == decoded
+        if not decoded and not local_rank:
+            (tree / ".cache-64x128").unlink()
+    same_state(tmp_path / "00", tmp_path / "02")
+    same_state(tmp_path / "00", tmp_path / "10")
+
+
+def test_a_damaged_source_leaves_no_cache(tree, tmp_path):
+    path = next(tree.rglob("train?_000001*_leftImg8bit.png"))
     path.write_bytes(path.read_bytes()[:9000])
-    status, _, errors = command("classmix", *args, "--output-dir", tmp_path / "bad")
-    assert status == 2 and errors.count("\n") == 1 and path.name in errors
-    assert errors.startswith(f"classmix.py: {tree}")
+    flags = (*SMALL.split(), tree, "--output-dir", tmp_path / "run")
+    status, _, errors = finish(start("classmix.py", *flags))
+    (line,) = problems(errors)
+    assert status == 2 and line.startswith(f"classmix.py: {path}: a damaged file")
+    assert made(tree) == []

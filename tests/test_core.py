@@ -3,6 +3,7 @@
 import ast
 import builtins
 import inspect
+import itertools
 import signal
 import symtable
 import sys
@@ -10,7 +11,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, read_log, same_state, start, stopping_train, tiny
+from conftest import METHODS, ROOT, finish, read_log, same_state, start, stopping_train, tiny
 from torch import nn
 
 from common import flags, run
@@ -28,9 +29,8 @@ def imported(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_part_to_copy_runs_alone(method, monkeypatch):
     source = (ROOT / f"{method}.py").read_text()
-    begin, end = "# ---- The method: depends only on torch; copy from here ----", "# ---- to here ----"
-    assert source.count(begin) == source.count(end) == 1
-    core = source.split(begin)[1].split(end)[0]
+    _, core = source.split("# ---- The method: depends only on torch; copy from here ----\n")
+    core, _ = core.split("# ---- to here ----\n")
     assert imported(ast.parse(core)) <= {"torch", *sys.stdlib_module_names}
     loaded = {name for name in sys.modules if name.split(".")[0] in ("common", "torchvision")}
     for name in {*loaded, "common", "torchvision"}:
@@ -69,12 +69,14 @@ DECAY = {
 @pytest.mark.parametrize("method", METHODS)
 def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
     """This one counts the steps and looks at what each of them changes, as benchmarks do."""
-    steps, students, teachers, rates = [], [], [], []
+    steps, students, teachers, rates, drawn = [], [], [], [], {}
 
     class Watching(run.Session):
         def look(self):
             for name, seen in (("student", students), ("teacher", teachers)):
-                seen.append(nn.utils.parameters_to_vector(self.state[name].parameters()).detach())
+                named = self.state[name].named_parameters()  # C3 drops its projection at the end
+                kept = [weight for name, weight in named if "projection" not in name]
+                seen.append(nn.utils.parameters_to_vector(kept).detach())
             rates.append(self.state["optimizer"].param_groups[0]["lr"])
 
         def restore(self):
@@ -82,10 +84,14 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
             self.look()
             return first
 
+        def batches(self, indices, *what, stream, **more):
+            drawn[stream] = indices == self.split[min(stream, 1)]
+            return super().batches(indices, *what, stream=stream, **more)
+
         def end_step(self, iteration, pictures):
             steps.append(iteration)
-            if iteration < 5:  # in its last step C3 drops the projection head
-                self.look()
+            assert self.state["student"].training and self.state["teacher"].training
+            self.look()
             super().end_step(iteration, pictures)
 
     argv = [*tiny(method, camvid), "--ema-decay", "0.6", "--iterations", "6"]
@@ -95,12 +101,18 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
     recipe, args = flags.parse_args(method, module.__doc__, module.RECIPES, preset, argv)
     module.train(recipe, args, make_session=Watching)
     assert steps == [*range(6)] and (tmp_path / "run/result.json").exists()
-    assert rates == pytest.approx([rates[0] * (1 - k / 6) ** recipe.lr_power for k in range(6)])
-    for k in range(5):
+    assert len(drawn) == (3 if method == "cowmix" else 2) and all(drawn.values())
+    assert rates == pytest.approx([rates[0] * (1 - k / 6) ** recipe.lr_power for k in range(7)])
+    for k in range(6):
         assert not torch.equal(students[k], students[k + 1])
         followed = students[k if method == "c3semiseg" else k + 1]
         expected = torch.lerp(followed, teachers[k], DECAY[method](k))
         torch.testing.assert_close(teachers[k + 1], expected)
+
+
+def test_seeds_differ_in_everything_they_depend_on():
+    numbers = itertools.product(range(3), range(3), range(3), ("mask", "augment", "mask 2"))
+    assert len({run.step_seed(*each) for each in numbers}) == 81
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,9 +135,8 @@ def test_a_run_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     assert (status, errors) == (143, f"{line} --resume {last}\n")
     code = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import conftest, {method}\n"
     code += f"{method}.train = conftest.stopping_train({method!r}, 11, {signal.SIGKILL})\n"
-    killed = start("-c", f"{code}{method}.main()", "--resume", last)
-    printed, _ = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL and "resumed at iteration 5" in printed
+    status, printed, _ = finish(start("-c", f"{code}{method}.main()", "--resume", last))
+    assert status == -signal.SIGKILL and "resumed at iteration 5" in printed
     assert read_log(parts)[-1]["iteration"] == 10 and not (parts / "result.json").exists()
     status, printed, _ = command(method, *flags, "--resume", "auto", "--output-dir", parts)
     assert status == 0 and "resumed at iteration 8" in printed
