@@ -68,8 +68,7 @@ class Recipe:
     nesterov: bool = False  # use Nesterov momentum with SGD
     weight_decay: float = 5e-4  # weight decay of all trained parameters
     ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
-    weight_scope: Literal["batch", "sample"] = "batch"  # lambda averages over a batch, or an image
-    )
+    weight_scope: Literal["batch", "sample"] = "batch"  # lambda is of a batch, or of each image
     mask: Literal["class", "cow", "cut"] = "class"  # what is pasted (table 3)
     sigma_range: tuple[Positive, Positive] = (8.0, 32.0)  # blur of cow masks, pixels (code)
     weighting: Literal["fraction", "pixel", "ramp", "constant"] = "fraction"  # lambda (table 3)

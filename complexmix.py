@@ -60,8 +60,7 @@ class Recipe:
     nesterov: bool = False  # use Nesterov momentum with SGD
     weight_decay: float = 5e-4  # weight decay of all trained parameters
     ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
-    weight_scope: Literal["batch", "sample"] = "batch"  # lambda averages over a batch, or an image
-    )
+    weight_scope: Literal["batch", "sample"] = "batch"  # lambda is of a batch, or of each image
     blocks: tuple[Count, ...] = (4, 16, 64, 128)  # choices of p, the number of blocks a side (3.1)
     classes: Literal["all", "present"] = "all"  # half of all (3.1), or of a block's
     weighting: Literal["fraction", "pixel"] = "fraction"  # lambda (code)
