@@ -532,7 +532,7 @@ def check(recipe: Recipe, args: argparse.Namespace) -> int:
     """Raises InputError for flags that do not go together; returns the number of groups a rank."""
     groups = math.ceil(recipe.batch_size / (args.ranks * recipe.group_size))
     groups = max(args.accumulate, groups)
-    run.check_batch_size(recipe.batch_size, args, accumulate=groups, least=1)
+    ranks.check_batch_size(recipe.batch_size, args, accumulate=groups, least=1)
     if recipe.scales != (1.0,) and recipe.crop is None:
         raise InputError("--scales: needs --crop, because scaled images differ in size")
     if recipe.warmup >= recipe.iterations and not args.supervised:
@@ -577,7 +577,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
         # Once the teacher labels images, it has batch-norm statistics of its own.
         buffers = "keep" if semi and iteration > recipe.warmup else "copy"
         update_teacher(teacher, student, decay=teacher_decay(recipe, iteration), buffers=buffers)
-        seed = partial(run.step_seed, args.seed, iteration)
+        seed = partial(ranks.step_seed, args.seed, iteration)
         if semi:
             images_u = {k: next(batches_u)[0] for k in session.micro_batches}
             targets = label_groups(recipe, teacher, regions, images_u, seed)

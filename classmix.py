@@ -39,7 +39,7 @@ from typing import Literal
 
 from torchvision.transforms import v2
 
-from common import InputError, run
+from common import InputError, ranks, run
 from common.augment import scale_crop_flip, seeded, without_label
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
@@ -281,7 +281,7 @@ def jitter_and_blur(recipe: Recipe) -> Callable[[int, Tensor], Tensor]:
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
-    run.check_batch_size(recipe.batch_size, args, accumulate=args.accumulate, least=2)
+    ranks.check_batch_size(recipe.batch_size, args, accumulate=args.accumulate, least=2)
     if recipe.scale_range != (1.0, 1.0) and recipe.crop is None:
         raise InputError("--scale-range: needs --crop, because scaled images differ in size")
     if recipe.nesterov and (recipe.momentum == 0 or recipe.optimizer != "sgd"):
@@ -329,7 +329,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             if not mixing:
                 continue
             image_u, _ = next(batches_u)
-            seed = partial(run.step_seed, args.seed, iteration, micro_batch)
+            seed = partial(ranks.step_seed, args.seed, iteration, micro_batch)
             generator = torch.Generator(args.device).manual_seed(seed("mask"))
             loss_u, details = classmix_loss(
                 student,

@@ -52,7 +52,7 @@ from typing import Literal
 import numpy as np
 import torchvision
 
-from common import InputError, run
+from common import InputError, ranks, run
 from common.augment import scale_crop_flip, without_label
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, SegmentationResNet, load_weights
@@ -440,7 +440,7 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
-    run.check_batch_size(recipe.batch_size, args, accumulate=args.accumulate, least=1)
+    ranks.check_batch_size(recipe.batch_size, args, accumulate=args.accumulate, least=1)
     if recipe.scale_range != (1.0, 1.0) and recipe.crop is None:
         raise InputError("--scale-range: needs --crop, because scaled images differ in size")
 
@@ -474,7 +474,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):
         for micro_batch in session.micro_batches:  # their gradients add up
-            seed = partial(run.step_seed, args.seed, iteration, micro_batch)
+            seed = partial(ranks.step_seed, args.seed, iteration, micro_batch)
             image_l, label_l = next(batches_l)
             if recipe.perturbation == "aug":  # labeled images too (D.1.1)
                 generator = torch.Generator(args.device).manual_seed(seed("labeled"))

@@ -1,13 +1,20 @@
-"""Ranks: the processes that torchrun starts, one for each GPU. Without torchrun there is one."""
+"""Ranks, the processes that torchrun starts, one for each GPU, and the micro-batches of each.
+
+Without torchrun there is one rank.
+"""
 
 import io
 import signal
 import sys
+import zlib
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from common import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NUMBER = torch.zeros((), dtype=torch.int64)  # kept for ever: torch 2.5 may hang where it is freed
@@ -54,3 +61,22 @@ def gather(tensor: Tensor) -> Tensor:
     whole = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(whole, tensor)
     return whole
+
+
+def check_batch_size(batch_size: int, args, *, accumulate: int, least: int) -> None:
+    """Raises InputError unless a batch splits into equal micro-batches of `least` images or more.
+
+    There are `accumulate` micro-batches on each rank.
+    """
+    count = args.ranks * accumulate
+    if batch_size % count:
+        raise InputError(f"--batch-size {batch_size}: cannot be split into {count} micro-batches")
+    if batch_size < least * count and not args.supervised:
+        reason = f"mixing needs at least {least} unlabeled images in each micro-batch"
+        raise InputError(f"--batch-size {batch_size}: {reason}")
+
+
+def step_seed(seed: int, iteration: int, micro_batch: int, purpose: str) -> int:
+    """Returns a seed for one purpose in one micro-batch of one iteration."""
+    words = (seed, iteration, zlib.crc32(purpose.encode()), micro_batch)
+    return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
@@ -52,10 +51,8 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         line, status = f"stopped by {number.name}", 128 + number
-    except (InputError, OSError) as error:
-        # A loader process puts its traceback before the message.
-        line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
-        status = 2
+    except (InputError, OSError) as error:  # a loader process puts its traceback before the line
+        line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
     else:
         return
     print(f"{method}.py: {line}", file=sys.stderr, flush=True)
@@ -64,25 +61,6 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
 
 def _interrupt(number: int, _) -> None:
     raise KeyboardInterrupt(number)
-
-
-def check_batch_size(batch_size: int, args, *, accumulate: int, least: int) -> None:
-    """Raises InputError unless a batch splits into equal micro-batches of `least` images or more.
-
-    There are `accumulate` micro-batches on each rank.
-    """
-    count = args.ranks * accumulate
-    if batch_size % count:
-        raise InputError(f"--batch-size {batch_size}: cannot be split into {count} micro-batches")
-    if batch_size < least * count and not args.supervised:
-        reason = f"mixing needs at least {least} unlabeled images in each micro-batch"
-        raise InputError(f"--batch-size {batch_size}: {reason}")
-
-
-def step_seed(seed: int, iteration: int, micro_batch: int, purpose: str) -> int:
-    """Returns a seed for one purpose in one micro-batch of one iteration."""
-    words = (seed, iteration, zlib.crc32(purpose.encode()), micro_batch)
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
@@ -142,10 +120,6 @@ class Session:
         if self.first:
             self._open_folder()
             self._announce()
-        if self.first and self.args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(self.folder)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self.data.train.prepare()
         if all_max(self.start) != self.start:
@@ -202,6 +176,10 @@ class Session:
     def _open_folder(self) -> None:
         log, checkpoint = self.folder / "log.jsonl", self.args.checkpoint
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder)
         log.touch()
         # A killed run has logged more than its last checkpoint holds; those steps come again.
         os.truncate(log, 0 if checkpoint is None else checkpoint["logged"])
@@ -255,8 +233,8 @@ class Session:
         values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         miou = "" if self.miou is None else f"  mIoU {100 * self.miou:.2f}%"
         memory = f"{peak_memory(self.args.device):.2f} GiB"
-        line = f"[{done}/{last}] {values}{miou}  {rate:.2f} steps/s  {left} left  {memory}"
-        print(line, flush=True)
+        speed = f"{rate:.2f} steps/s  {left} left  {memory}"
+        print(f"[{done}/{last}] {values}{miou}  {speed}", flush=True)
 
     def _evaluate(self, done: int, pictures: dict[str, Tensor]) -> None:
         last = self.recipe.iterations
@@ -318,9 +296,8 @@ class Session:
     def _config(self) -> dict:
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
         left_out += ("out", "method", "output_dir", "rank", "ranks")
-        commit = None
+        git, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40"], None
         if shutil.which("git"):
-            git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
             done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
             commit = done.stdout.strip() or None
         return {

@@ -17,7 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import c3semiseg
-from common import run
+from common import ranks, run
 from common.augment import scale_crop_flip
 
 TAU = 0.15
@@ -774,8 +774,8 @@ class Watch(run.Session):
 @pytest.mark.parametrize("supervised", [False, True])
 def test_each_step_is_that_of_a_plain_loop(trained, monkeypatch, supervised):
     """Two groups of two images a step. Without mixing and colours, random numbers do not matter."""
-    seeds, step_seed = [], run.step_seed
-    monkeypatch.setattr(run, "step_seed", lambda *of: seeds.append(step_seed(*of)) or seeds[-1])
+    seeds, step_seed = [], ranks.step_seed
+    monkeypatch.setattr(ranks, "step_seed", lambda *of: seeds.append(step_seed(*of)) or seeds[-1])
     monkeypatch.setattr(c3semiseg, "train", partial(c3semiseg.train, make_session=Watch))
     flags = "--group-size 2 --ema-decay 0.6 --mixing none --contrast none --student-view weak"
     flags += " --iterations 6 --backbone-factor 0.3" + " --supervised" * supervised

@@ -15,7 +15,7 @@ from torch import nn
 
 import classmix
 import complexmix
-from common import run
+from common import ranks, run
 from common.flags import parse_args
 from complexmix import complex_mask, draw_blocks
 
@@ -278,7 +278,7 @@ def test_each_step_has_its_own_p_and_each_micro_batch_its_own_scores(camvid):
     for iteration, pictures in list(enumerate(session.pictures))[2:]:
         same = []
         for micro_batch in (0, 1):  # the pictures are those of the last one
-            seed = run.step_seed(5, iteration, micro_batch, "mask")
+            seed = ranks.step_seed(5, iteration, micro_batch, "mask")
             rng = torch.Generator().manual_seed(seed)
             mask = complex_mask(pictures["pseudo_label"], 11, blocks[iteration], generator=rng)
             same.append(torch.equal(mask, pictures["mask"]))

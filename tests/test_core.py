@@ -14,7 +14,7 @@ import torch
 from conftest import METHODS, ROOT, finish, read_log, same_state, start, stopping_train, tiny
 from torch import nn
 
-from common import flags, run
+from common import flags, ranks, run
 from common.deeplab import DeepLabV2
 
 
@@ -112,7 +112,7 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
 
 def test_seeds_differ_in_everything_they_depend_on():
     numbers = itertools.product(range(3), range(3), range(3), ("mask", "augment", "mask 2"))
-    assert len({run.step_seed(*each) for each in numbers}) == 81
+    assert len({ranks.step_seed(*each) for each in numbers}) == 81
 
 
 @pytest.mark.parametrize("method", METHODS)

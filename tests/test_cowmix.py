@@ -16,7 +16,7 @@ from scipy.stats import kstest
 from torch import nn
 
 import cowmix
-from common import InputError, run
+from common import InputError, ranks, run
 from common.deeplab import DeepLabV2, load_weights
 from common.flags import parse_args
 from cowmix import box_mask, cow_mask, warp, warp_grid, warp_label
@@ -584,7 +584,7 @@ def test_the_loop_logs_the_loss_of_its_batches(camvid, kind):
     torch.manual_seed(0)
     network, seed = cowmix.network(session.recipe, 11, pretrained=False), (0, 0, 0, "perturbation")
     given = (session.recipe, network, network, network.mean, *pairs)  # a teacher like the student
-    loss, details = cowmix.unlabeled_loss(*given, seed=run.step_seed(*seed))
+    loss, details = cowmix.unlabeled_loss(*given, seed=ranks.step_seed(*seed))
     logged = session.logged["loss_u"], session.logged["confident"]
     assert logged == ([loss.item()], [details["confident"].item()])
 

@@ -1,0 +1,108 @@
+"""Several ranks, started by torchrun, on the CPU with gloo."""
+
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, ROOT, children, finish, problems, read_log, read_state, start, tiny
+
+import classmix
+from common import InputError, flags, run
+
+
+def losses(folder: Path) -> list[dict]:
+    """Entries of the log that hold means of losses."""
+    return [entry for entry in read_log(folder) if "loss_l" in entry]
+
+
+def equal_to_float_tolerance(one: Path, two: Path) -> None:
+    """Asserts that logged means and weights agree; batch-norm statistics are of rank 0 alone."""
+    assert "loss_u" in losses(one)[-1] and len(losses(one)) == len(losses(two))
+    for a, b in zip(losses(one), losses(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    a, b = read_state(one), read_state(two)
+    for network in ("student", "teacher"):
+        names = [n for n in a[network] if "running" not in n and "num_batches" not in n]
+        for name in names:
+            torch.testing.assert_close(a[network][name], b[network][name], rtol=1e-3, atol=1e-4)
+    if "regions" in a:
+        torch.testing.assert_close(a["regions"], b["regions"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_equal_one_that_accumulates_two_micro_batches(method, command, camvid, tmp_path):
+    flags = (*tiny(method, camvid), "--iterations", 6, "--eval-every", 6, "--output-dir")
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = start(f"{method}.py", *flags, two, ranks=2)
+    assert command(method, *flags, one, "--accumulate", 2)[0] == 0
+    status, printed, errors = finish(process)
+    assert status == 0 and printed.count("headline") == 1, errors
+    equal_to_float_tolerance(one, two)
+
+
+STOPPED = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import classmix, conftest
+classmix.train = conftest.stopping_train("classmix", 13, {signal.SIGTERM}, rank=1)
+classmix.main()
+"""
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(command, camvid, tmp_path):
+    script, whole, parts = tmp_path / "stopped.py", tmp_path / "whole", tmp_path / "a run"
+    script.write_text(STOPPED)
+    flags = (*tiny("classmix", camvid), "--iterations", 20, "--eval-every", 20)
+    flags += ("--save-every", 20, "--output-dir")
+    process = start(script, *flags, parts, ranks=2)
+    assert command("classmix", *flags, whole, "--accumulate", 2)[0] == 0
+    status, _, errors = finish(process)
+    (line,) = [line for line in problems(errors) if line.startswith("classmix.py: ")]
+    go_on = f"torchrun --nproc-per-node 2 classmix.py --resume '{parts}/last.pt'"
+    assert line == f"classmix.py: stopped by SIGTERM after iteration 13; go on with {go_on}"
+    assert status != 0 and not (parts / "result.json").exists()
+    status, printed, errors = finish(start(*shlex.split(go_on)[3:], ranks=2))
+    assert status == 0 and "resumed at iteration 13" in printed, errors
+    assert [entry["iteration"] for entry in losses(parts)] == [10, 20]
+    equal_to_float_tolerance(whole, parts)
+
+
+def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(camvid, tmp_path):
+    folder = tmp_path / "run"
+    flags = (*tiny("classmix", camvid), "--iterations", 80, "--save-every", 5)
+    flags += ("--eval-every", 80, "--output-dir", folder, "--resume", "auto")
+    options = ("--max-restarts=1", "--monitor-interval=0.1")
+    process = start("classmix.py", *flags, ranks=2, options=options)
+    deadline = time.monotonic() + 120
+    while not (folder / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    status, printed, errors = finish(process)
+    assert status == 0 and "resumed at iteration" in printed, errors
+    assert (folder / "result.json").exists()
+    assert [entry["iteration"] for entry in losses(folder)] == list(range(10, 81, 10))
+
+
+def test_micro_batches_of_all_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+    def check(*argv):
+        classmix.check(*flags.parse_args("classmix", "", classmix.RECIPES, argv=argv))
+
+    check("--batch-size", "4")
+    check("--batch-size", "2", "--supervised")
+    with pytest.raises(InputError, match="--batch-size 2: mixing needs at least 2 unlabeled"):
+        check("--batch-size", "2")
+    with pytest.raises(InputError, match="--batch-size 6: cannot be split into 4 micro-batches"):
+        check("--batch-size", "6", "--accumulate", "2")
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(command, camvid, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "all_max", lambda number: 3)  # another rank's first iteration
+    status, _, errors = command("classmix", *tiny("classmix", camvid), "--output-dir", tmp_path)
+    assert status == 2 and errors.count("\n") == 1 and "ranks found different checkpoints" in errors
