@@ -18,13 +18,7 @@ def seeded(transform: Callable, seed: int, *inputs):
 
 
 def scale_crop_flip(
-    *,
-    scale_range: tuple[float, float] = (1.0, 1.0),
-    scales: tuple[float, ...] = (1.0,),
-    rotation: int = 0,
-    crop: tuple[int, int] | None,
-    flip: bool,
-    mean: Tensor,
+    *, scale_range=(1.0, 1.0), scales=(1.0,), rotation=0, crop, flip: bool, mean: Tensor
 ) -> Callable:
     """Returns transform(seed, image, label): uint8 (3,H,W) and uint8 (H,W) -> the same, cropped.
 
@@ -32,15 +26,13 @@ def scale_crop_flip(
     degrees, at most rotation either way; its corners become black, and void in the label. Images
     smaller than the crop (height, width) are padded with mean, (3,1,1) in [0,1], and void.
     """
-    color = [round(255 * value) for value in mean.flatten().tolist()]
     steps: list[Callable] = [_as_tv_tensors]
-    if scale_range != (1.0, 1.0):
-        steps.append(partial(_scale_uniformly, scale_range=scale_range))
-    if scales != (1.0,):
-        steps.append(partial(_scale_to_one_of, scales=scales))
+    if scale_range != (1.0, 1.0) or scales != (1.0,):
+        steps.append(partial(_scale, scale_range, scales))
     if rotation > 0:
-        steps.append(partial(_rotate, degrees=rotation))
+        steps.append(partial(_rotate, rotation))
     if crop is not None:
+        color = [round(255 * value) for value in mean.flatten().tolist()]
         fill = {tv_tensors.Image: color, tv_tensors.Mask: 255}
         steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
     if flip:
@@ -61,21 +53,15 @@ def _as_tv_tensors(image: Tensor, label: Tensor):
     return tv_tensors.Image(image), tv_tensors.Mask(label)
 
 
-def _scale_uniformly(image: Tensor, label: Tensor, scale_range: tuple[float, float]):
-    return _resize(image, label, torch.empty(()).uniform_(*scale_range).item())
+def _scale(scale_range, scales, image: Tensor, label: Tensor):
+    if scales == (1.0,):
+        scale = torch.empty(()).uniform_(*scale_range).item()
+    else:
+        scale = scales[torch.randint(len(scales), ()).item()]
+    size = [max(1, round(scale * n)) for n in label.shape]
+    return TF.resize(image, size), TF.resize(label, size)
 
 
-def _scale_to_one_of(image: Tensor, label: Tensor, scales: tuple[float, ...]):
-    return _resize(image, label, scales[torch.randint(len(scales), ()).item()])
-
-
-def _resize(image: Tensor, label: Tensor, scale: float):
-    size = [max(1, round(scale * n)) for n in label.shape[-2:]]
-    return TF.resize(image, size, antialias=True), TF.resize(label, size)
-
-
-def _rotate(image: Tensor, label: Tensor, degrees: int):
+def _rotate(degrees: int, image: Tensor, label: Tensor):
     angle = torch.randint(-degrees, degrees + 1, ()).item()
-    if angle == 0:
-        return image, label
     return TF.rotate(image, angle, InterpolationMode.BILINEAR), TF.rotate(label, angle, fill=[255])

@@ -4,10 +4,8 @@ In this file an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, or 2
 """
 
 import itertools
-import math
 import os
 import signal
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,90 +14,73 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from scipy.io import loadmat
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common import InputError, cache, layouts, streets, warn
 from common.layouts import INVALID, VOID, read_lines
 
-warnings.filterwarnings("ignore", module="PIL")  # about odd palettes and large photographs
-LARGE = 2**20  # an image of this many pixels is worth caching
 # Defaults of the flags --labeled and --weights.
-DEFAULTS = {
-    "cityscapes": {"labeled": "1/8", "weights": "imagenet"},
-    "voc": {"labeled": "1/8", "weights": "imagenet"},
-    "streets": {"labeled": "32", "weights": "none"},
-    "camvid": {"labeled": "30", "weights": "imagenet"},
-    "bdd100k": {"labeled": "1/8", "weights": "imagenet"},
-    "folder": {"labeled": "1.0", "weights": "imagenet"},
-}
+DEFAULTS = {name: {"labeled": "1/8", "weights": "imagenet"} for name in layouts.FILES}
+DEFAULTS["camvid"]["labeled"], DEFAULTS["folder"]["labeled"] = "30", "1.0"
+DEFAULTS["streets"] = {"labeled": "32", "weights": "none"}
 
 
 class Images(Dataset):
     """One part of a data set on disk, sorted by name: images[i] -> image, label.
 
-    files maps a name to the paths of image and label. With a size (height, width), images are
-    resized by PIL's antialiased bilinear filter and labels by the nearest pixel; full_labels
-    leaves the labels at their own size. An image without a label file gets a void label.
+    files maps a name to the paths of image and label (or None: all void). size (height, width)
+    resizes images, antialiased, and labels, to the nearest pixel; not the labels if full_labels.
     """
 
     def __init__(self, files: dict, label_table: np.ndarray, size, full_labels, cache_dir: Path):
         self.names = sorted(files)
         self.files = [files[name] for name in self.names]
         self.has_label = [label is not None for _, label in self.files]
-        self.label_table, self.size, self.full_labels = label_table, size, full_labels
+        self.label_table = label_table
+        self.size = None if size is None else size[::-1]  # as PIL has it: width, height
+        self.label_size = None if full_labels else self.size
         sizes = {_check_pair(image, label) for image, label in self.files}
-        resized = size is not None and not full_labels
-        self.same_size = resized or len(sizes) == 1  # whether items can be stacked into a batch
-        large = max(width * height for width, height in sizes) >= LARGE
-        worth_caching = resized and large and sizes != {(size[1], size[0])}
-        self.cache_dir = cache_dir if worth_caching else None
+        self.same_size = self.label_size is not None or len(sizes) == 1  # as a batch needs it
+        large = self.label_size is not None and max(w * h for w, h in sizes) >= 2**20
+        self.cache_dir = cache_dir if large and sizes != {self.size} else None
         self.cache: Path | None = None
 
     def prepare(self) -> None:
         """Decodes large images into the cache, unless it is there. A full disk gives a warning."""
-        if self.cache_dir is None:
+        folder, self.cache_dir = self.cache_dir, None  # tried once
+        if folder is None:
             return
         sources = [path for pair in self.files for path in pair if path is not None]
-        settings = (self.size, self.label_table.tolist())
-        place = self.cache_dir / cache.key(self.cache_dir, sources, settings)
-        self.cache_dir = None  # tried once
-        if not cache.is_sound(place):
-            # More prefetching overflows the 64 MB of shared memory in a default container.
-            workers = min(16, os.cpu_count() or 1, len(self))
-            items = loader(self, workers, batch_size=None, prefetch_factor=1)
-            try:
+        place = folder / cache.key(folder, sources, (self.size, self.label_table.tolist()))
+        # More prefetching overflows the 64 MB of shared memory in a default container.
+        items = loader(self, min(16, os.cpu_count() or 1), batch_size=None, prefetch_factor=1)
+        try:
+            if not cache.is_sound(place):
                 cache.build(place, len(self), items)
-            except OSError as error:
-                warn(f"no cache, training will be slower: cannot write {place} ({error})")
-                return
-        self.cache = place
+            self.cache = place
+        except OSError as error:
+            warn(f"no cache, training will be slower: cannot write {place} ({error})")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.cache is not None:
-            image, label = cache.read(self.cache, index)
-        else:
-            image, label = self._decode(*self.files[index])
-        return torch.from_numpy(image), torch.from_numpy(label)
-
-    def _decode(self, image_path: Path, label_path: Path | None) -> tuple[np.ndarray, np.ndarray]:
+            return tuple(map(torch.from_numpy, cache.read(self.cache, index)))
+        image_path, label_path = self.files[index]
         image = read_image(image_path)  # not turned as its EXIF says, because its label is not
-        if label_path is None:
-            label = Image.new("L", image.size, VOID)
-        else:
-            label = Image.fromarray(_read_label(label_path, self.label_table))
+        label = Image.new("L", image.size, VOID)
+        if label_path is not None:
+            label = _read_label(label_path, self.label_table)
         if label.size != image.size:
             raise InputError(f"{label_path}: {label.size} pixels, but its image has {image.size}")
-        if self.size is not None:
-            image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
-        if self.size is not None and not self.full_labels:
-            label = label.resize(self.size[::-1], Image.Resampling.NEAREST)
-        return np.array(image).transpose(2, 0, 1).copy(), np.array(label)
+        image = image.resize(self.size or image.size, Image.Resampling.BILINEAR)
+        label = label.resize(self.label_size or label.size, Image.Resampling.NEAREST)
+        return TF.pil_to_tensor(image).contiguous(), TF.pil_to_tensor(label)[0]
 
 
 @dataclass(frozen=True)
@@ -120,24 +101,21 @@ class Data:
     def scored(self, part: str | None) -> tuple[str, Images]:
         """Name and images of the part to evaluate; by default test, or val if there is no test."""
         part = part or ("val" if self.test is None else "test")
-        images = getattr(self, part)
-        if images is None:
+        if getattr(self, part) is None:
             raise InputError(f"--evaluate-split {part}: the data set has no such part here")
-        return part, images
+        return part, getattr(self, part)
 
 
 def open_dataset(name: str, data_dir, *, size=None, full_labels: bool = False) -> Data:
-    """Opens "streets" or a data set of common/layouts.py and checks the header of every file.
+    """Opens "streets" or a data set of common/layouts.py; images get this size (height, width)."""
+    if name != "streets":
+        return _open_files(name, Path(data_dir or f"data/{name}"), size, full_labels)
+    train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
+    return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
 
-    Images and labels are resized to size (height, width), or left as they are. full_labels keeps
-    the labels of val and test at their own size. InputError names the first bad file.
-    """
-    if name == "streets":
-        parts = {part: streets.Scenes(part, size or (64, 128)) for part in ("train", "val")}
-        return Data(**parts, class_names=streets.CLASS_NAMES, palette=streets.PALETTE)
-    if name not in layouts.FILES:
-        raise InputError(f"--dataset {name}: is none of streets, {', '.join(layouts.FILES)}")
-    root = Path(data_dir or Path("data") / name)
+
+def _open_files(name: str, root: Path, size, full_labels: bool) -> Data:
+    """Checks the header of every file. full_labels keeps the labels of val and test as they are."""
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
     files, table, class_names, palette = layouts.FILES[name](root)
@@ -148,9 +126,8 @@ def open_dataset(name: str, data_dir, *, size=None, full_labels: bool = False) -
         cache_dir = root / ".cache-{}x{}".format(*(size or (0, 0))) / part
         parts[part] = Images(pairs, table, size, full_labels and part != "train", cache_dir)
     counts = {part: len(images) for part, images in parts.items()}
-    published = layouts.COUNTS.get(name, {})
-    if any(published.get(part, count) != count for part, count in counts.items()):
-        warn(f"--data-dir {root}: images are {counts}, published are {published}")
+    if not counts.items() <= layouts.COUNTS.get(name, counts).items():
+        warn(f"--data-dir {root}: images are {counts}, published are {layouts.COUNTS[name]}")
     return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
 
 
@@ -164,23 +141,24 @@ def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:
     elif label_path is not None:
         label = _open(label_path)
         # Pillow stretches grey values of fewer than 8 bits to 0-255, which changes the ids.
-        stretched = label.mode not in ("L", "P") or label.tile[0][3] in ("L;2", "L;4")
-        if label.format != "PNG" or stretched:
+        if label.format != "PNG" or label.tile[0][3] not in ("L", "P", "P;1", "P;2", "P;4"):
             raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
         if label.size != size:
             raise InputError(f"{label_path}: {label.size} pixels, but {image_path.name} has {size}")
     return size
 
 
-def _open(path: Path, *, decode: bool = False) -> Image.Image:
+def _open(path: Path, *, decode: bool = False):
+    """Opens an image, its header or all of it, or reads the class ids in a .mat file of SBD."""
     try:
+        if path.suffix == ".mat":
+            return loadmat(path)["GTcls"][0, 0]["Segmentation"]
         with Image.open(path) as image:
             if decode:
                 image.load()
             return image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        empty = path.is_file() and path.stat().st_size == 0
-        reason = "an empty file" if empty else f"a damaged file or not an image ({error})"
+    except Exception as error:  # a damaged file raises nearly any type
+        reason = f"a damaged file, an empty file or not an image ({error})"
         raise InputError(f"{path}: {reason}") from error
 
 
@@ -192,74 +170,48 @@ def read_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read_label(path: Path, table: np.ndarray) -> np.ndarray:
-    ids = _read_mat(path) if path.suffix == ".mat" else np.asarray(_open(path, decode=True))
-    label = table[ids]
-    if (label == INVALID).any():
-        wrong = ", ".join(map(str, np.unique(ids[label == INVALID])[:5]))
-        known = np.flatnonzero(table != INVALID).tolist()
-        raise InputError(f"{path}: label id {wrong} is none of {known}")
-    return label
-
-
-def _read_mat(path: Path) -> np.ndarray:
-    """The class ids, uint8 (H,W), in a .mat file of SBD's cls folder."""
-    try:
-        ids = loadmat(path)["GTcls"][0, 0]["Segmentation"]
-        label = ids.astype(np.uint8)
-        if not np.array_equal(ids, label):
-            raise ValueError("not whole numbers from 0 to 255")
-    except Exception as error:  # loadmat raises nearly any type on a damaged file
-        raise InputError(f"{path}: a damaged file or not one of SBD's cls folder") from error
-    return label
-
-
-# ---- Labeled and unlabeled ----
+def _read_label(path: Path, table: np.ndarray) -> Image.Image:
+    ids, known = np.asarray(_open(path, decode=True)), np.flatnonzero(table != INVALID)
+    wrong = np.setdiff1d(ids, known)
+    if len(wrong) > 0:
+        raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
+    return Image.fromarray(table[ids.astype(np.uint8)])
 
 
 def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tuple[list, list]:
-    """Returns the indices (into sorted names) of the labeled and of the unlabeled images.
+    """Returns the sorted indices of the labeled and of the unlabeled images.
 
-    labeled is a count (32, "32") or a fraction (0.125, "1/8") of num_images, rounded half up. The
-    labeled images are the first ones of numpy's legacy permutation for the seed: a smaller subset
-    is part of a larger one, and all machines agree. The unlabeled images are the rest, or all
-    images with unlabeled="all" and where every image is labeled.
+    labeled is a count (32, "32") or a fraction (0.125, "1/8") of num_images, rounded half up. A
+    smaller subset of one seed is part of a larger one. unlabeled is "rest" or "all"; where every
+    image is labeled, it is "all".
     """
     text = str(labeled)
     try:
         share = Fraction(text) if "." in text or "/" in text else Fraction(int(text), num_images)
-    except (ValueError, ZeroDivisionError) as error:
-        hint = "give a count, or a fraction such as 0.125 or 1/8"
-        raise InputError(f"--labeled {text}: {hint}") from error
-    count = math.floor(share * num_images + Fraction(1, 2))
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    count = int(share * num_images + Fraction(1, 2))
     if num_images == 2975 and share == Fraction(1, 30):
         count = 100  # all papers count this share of Cityscapes as 100
     if not 1 <= count <= num_images:
-        raise InputError(f"--labeled {text}: {count}; it must be 1 to {num_images} here")
+        raise InputError(f"--labeled {text}: give a count up to {num_images}, or a share like 1/8")
     order = np.random.RandomState(seed).permutation(num_images).tolist()
     rest = order if unlabeled == "all" or count == num_images else order[count:]
     return sorted(order[:count]), sorted(rest)
 
 
 def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> tuple[list, list]:
-    """Returns the indices of the labeled and of the unlabeled training images.
-
-    --labeled and --split-seed choose among the images that have a label as split() does, or
-    --labeled-list names them. Images without a label file are always unlabeled.
-    """
-    candidates = [index for index, has_label in enumerate(train.has_label) if has_label]
-    if not candidates:
-        raise InputError("--data-dir: no training image has a label")
+    """Returns the indices of the labeled training images, which the flags choose, and the rest."""
     if args.checkpoint is not None:
-        names = args.checkpoint["labeled_names"]
-        if args.checkpoint["training_images"] != len(train) or not set(names) <= set(train.names):
+        labeled = _find(train, args.checkpoint["labeled_names"], "--resume")
+        if args.checkpoint["training_images"] != len(train):
             raise InputError("--resume: the training images are not those of the checkpoint")
-        labeled = sorted(map(train.names.index, names))
     elif args.labeled_list is not None:
-        labeled = _read_labeled_list(train, Path(args.labeled_list))
+        labeled = _find(train, read_lines(Path(args.labeled_list)), "--labeled-list")
     else:
+        candidates = np.flatnonzero(train.has_label)
         chosen, _ = split(len(candidates), args.labeled, args.split_seed)
-        labeled = [candidates[k] for k in chosen]
+        labeled = candidates[chosen].tolist()
     rest = sorted(set(range(len(train))) - set(labeled))
     if unlabeled == "all" or not rest:
         rest = list(range(len(train)))
@@ -268,35 +220,25 @@ def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> 
     return labeled, rest
 
 
-def _read_labeled_list(train: Images, path: Path) -> list[int]:
-    """Reads one image a line: its id or file name, with or without folders and suffix.
-
-    A second column, as published lists have it, does not count.
-    """
-    if not path.is_file():
-        raise InputError(f"--labeled-list {path}: no such file")
-    by_name = defaultdict(set)
+def _find(train: Images, lines: list[str], flag: str) -> list[int]:
+    """Finds images by id or file name, with or without folders, suffix and a second column."""
+    exact, short = {}, defaultdict(set)
     for index, (image, _) in enumerate(train.files):
-        for known in (Path(train.names[index]).name, image.name, image.stem):
-            by_name[known].add(index)
-    by_name |= {name: {index} for index, name in enumerate(train.names)}
-    labeled = set()
-    for line in read_lines(path):
-        texts = (line, line.split()[0])  # a name may hold a blank
-        keys = [key for text in texts for key in (text, Path(text).name, Path(text).stem)]
-        found = next((by_name[key] for key in keys if key in by_name), set())
-        if len(found) != 1:
-            problem = "the name of several training images" if found else "not a training image"
-            raise InputError(f"--labeled-list {path}: {line}: {problem}")
-        if not train.has_label[min(found)]:
-            raise InputError(f"--labeled-list {path}: {line}: an image without a label")
+        name = train.names[index]
+        exact[name] = exact[name + image.suffix] = {index}
+        for part in (image.stem, Path(name).name):
+            short[part].add(index)
+    known, labeled = short | exact, set()
+    for line in lines:
+        columns = (line, line.split()[0])  # a name may hold a blank
+        names = (*columns, *(Path(text).stem for text in columns))
+        found = next((known[name] for name in names if name in known), set())
+        if len(found) != 1 or not train.has_label[min(found)]:
+            raise InputError(f"{flag}: {line}: none or several training images, or without a label")
         labeled |= found
     if not labeled:
-        raise InputError(f"--labeled-list {path}: lists no image")
+        raise InputError(f"{flag}: lists no image")
     return sorted(labeled)
-
-
-# ---- Batches ----
 
 
 @dataclass(frozen=True)
@@ -304,8 +246,7 @@ class MicroBatches(Dataset):
     """[m] -> the m-th micro-batch of this rank: image uint8 (B,3,H,W), label uint8 (B,H,W).
 
     micro_batches are this rank's among the `count` of each batch. Batch t depends only on (seed,
-    stream, t). Each epoch is a new permutation of the indices, without the rest that does not fill
-    a batch; if there are fewer indices than a batch has images, they repeat.
+    stream, t). An epoch is a permutation of the indices, without its last incomplete batch.
     """
 
     images: Images
@@ -317,38 +258,34 @@ class MicroBatches(Dataset):
     seed: int
     stream: int
 
-    def __getitem__(self, m: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, m: int) -> list[Tensor]:
         t, k = divmod(m, len(self.micro_batches))
         epoch, place = divmod(t, max(len(self.indices) // self.batch_size, 1))
         order = np.random.default_rng((self.seed, self.stream, epoch)).permutation(self.indices)
-        batch = order[place * self.batch_size :][: self.batch_size]
-        batch = np.resize(batch, self.batch_size)
+        batch = np.resize(order[place * self.batch_size :][: self.batch_size], self.batch_size)
         seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(self.batch_size)
-        size = self.batch_size // self.count
-        images, labels = [], []
-        for place in range(self.micro_batches[k] * size, (self.micro_batches[k] + 1) * size):
-            image, label = self.transform(int(seeds[place]), *self.images[int(batch[place])])
-            images.append(image)
-            labels.append(label)
-        return torch.stack(images), torch.stack(labels)
+        places = np.arange(self.batch_size).reshape(self.count, -1)[self.micro_batches[k]]
+        pairs = [self.transform(int(seeds[i]), *self.images[int(batch[i])]) for i in places]
+        return default_collate(pairs)
 
 
 def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device) -> Iterator:
     """Yields micro-batches from batch `start` on: image, RGB float in [0,1], and label, int64."""
     cuda = device.type == "cuda"
+    layout = torch.channels_last if cuda else torch.contiguous_format
     numbers = itertools.count(start * len(drawn.micro_batches))
     for image, label in loader(drawn, workers, batch_size=None, sampler=numbers, pin_memory=cuda):
-        image = image.to(device, non_blocking=True).float().div_(255)
-        if cuda:
-            image = image.contiguous(memory_format=torch.channels_last)
-        yield image, label.to(device, non_blocking=True).long()
+        image = image.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
+        yield image.div_(255), label.to(device, non_blocking=True).long()
 
 
 def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
-    """A DataLoader whose processes ignore signals: the main process decides when to stop."""
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=_ignore_signals, **options)
+    """A DataLoader whose processes leave signals to the main process, which decides what to do."""
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker, **options)
 
 
-def _ignore_signals(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _start_worker(_: int) -> None:
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()  # a signal to the process group does not reach this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # so that the main process can end it

@@ -437,7 +437,7 @@ BAD_FLAGS = """
 --warmup 9 | 1 iterations, but 9 of them are warm-up
 --scale-range 0.5 2 | --scale-range: needs --crop
 --scale-range 1.5 0.5 | --scale-range: 1.5 is above 0.5
---nesterov --momentum 0 | --nesterov: needs --momentum
+--nesterov --momentum 0 | --nesterov: needs
 --full-resolution | --full-resolution: only goes with --evaluate
 --colour | --colour
 --itera 3 | --itera
