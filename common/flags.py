@@ -52,7 +52,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset: Callable | None = N
     settings = {name: None for name in flags if not hasattr(recipe, name)}
     settings |= {**SHARED, **DEFAULTS[dataset], "method": method, "checkpoint": None}
     folders = _folders(method, recipes[dataset], settings, given)
-    path = given.get("evaluate") or given.get("predict", [None])[0] or given.get("resume")
+    path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
     if path == "auto":
         found = [folder / "last.pt" for folder in folders if (folder / "last.pt").exists()]
         path = found[-1] if found else None
@@ -110,7 +110,8 @@ def _complete(args: argparse.Namespace) -> None:
     args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.device = _device(args.device)
     cuda = args.device.type == "cuda"
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    if args.precision is None:
+        args.precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if args.compile is None:
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         args.compile = cuda and compiler is not None  # Triton builds its launchers with it

@@ -182,7 +182,7 @@ class Session:
             self.board = SummaryWriter(self.folder)
         log.touch()
         # A killed run has logged more than its last checkpoint holds; those steps come again.
-        os.truncate(log, 0 if checkpoint is None else checkpoint["logged"])
+        os.truncate(log, min(log.stat().st_size, checkpoint["logged"]) if checkpoint else 0)
         if checkpoint is None or not (self.folder / "config.json").exists():
             (self.folder / "config.json").write_text(json.dumps(self._config(), indent=1))
             names = "".join(f"{name}\n" for name in self.names)
@@ -333,7 +333,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
-        with partial.open("rb") as file:  # otherwise a power failure could leave an empty file
+        with partial.open("rb+") as file:  # otherwise a power failure could leave an empty file
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk

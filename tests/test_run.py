@@ -409,7 +409,9 @@ BAD_TREES = {
     "001.png": lambda r: (r / "val/001.jpg").unlink(),
     "train/002.png: a damaged file": lambda r: cut(r / "train/002.png"),
     "valannot/002.png: a damaged file": lambda r: cut(r / "valannot/002.png"),
-    "train/002.png: an empty file": lambda r: (r / "train/002.png").write_bytes(b""),
+    "train/002.png: a damaged file, an empty file": lambda r: (r / "train/002.png").write_bytes(
+        b""
+    ),
     "(64, 47)": lambda r: Image.new("L", (64, 47)).save(r / "trainannot/001.png"),
     "label id 77": lambda r: Image.new("L", (64, 48), 77).save(r / "valannot/001.png"),
     "palette PNG": lambda r: Image.new("RGB", (64, 48)).save(r / "trainannot/001.png"),
