@@ -32,8 +32,9 @@ DEFAULTS["streets"] = {"labeled": "32", "weights": "none"}
 class Images(Dataset):
     """One part of a data set on disk, sorted by name: images[i] -> image, label.
 
-    files maps a name to the paths of image and label (or None: all void). size (height, width)
-    resizes images, antialiased, and labels, to the nearest pixel; not the labels if full_labels.
+    files maps a name to the paths of image and label; without a label, all pixels are void. With a
+    size (height, width), images are resized (antialiased), and labels too (nearest pixel) unless
+    full_labels is set.
     """
 
     def __init__(self, files: dict, label_table: np.ndarray, size, full_labels, cache_dir: Path):
@@ -158,8 +159,7 @@ def _open(path: Path, *, decode: bool = False):
                 image.load()
             return image
     except Exception as error:  # a damaged file raises nearly any type
-        reason = f"a damaged file, an empty file or not an image ({error})"
-        raise InputError(f"{path}: {reason}") from error
+        raise InputError(f"{path}: a damaged file, an empty file or no image ({error})") from error
 
 
 def read_image(path: Path) -> Image.Image:
@@ -181,9 +181,8 @@ def _read_label(path: Path, table: np.ndarray) -> Image.Image:
 def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tuple[list, list]:
     """Returns the sorted indices of the labeled and of the unlabeled images.
 
-    labeled is a count (32, "32") or a fraction (0.125, "1/8") of num_images, rounded half up. A
-    smaller subset of one seed is part of a larger one. unlabeled is "rest" or "all"; where every
-    image is labeled, it is "all".
+    labeled is a count (32, "32") or a fraction (0.125, "1/8") of num_images, rounded half up. The
+    subsets of a seed are nested. unlabeled is "rest" or "all". If all are labeled, it is "all".
     """
     text = str(labeled)
     try:

@@ -103,7 +103,7 @@ def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence) -> N
     sheet = TF.to_pil_image(make_grid(tiles, nrow=len(columns), pad_value=255))
     sheet = ImageOps.expand(sheet, (0, 14, 0, 0), "white")
     for k, name in enumerate(columns):
-        corner = (k * sheet.width / len(columns), 0)
+        corner = (k * sheet.width / len(columns) + 2, 0)
         ImageDraw.Draw(sheet).text(corner, name.replace("_", " "), "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

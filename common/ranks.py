@@ -4,6 +4,7 @@ Without torchrun there is one rank.
 """
 
 import io
+import os
 import signal
 import sys
 import zlib
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from common import InputError
 
@@ -26,7 +28,11 @@ def join(args) -> None:
         # Numbers on the host go through gloo, so that no rank waits for its GPU to send one. The
         # timeout is long because ranks wait while rank 0 evaluates or decodes images.
         backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun's store outlives a restart. Under a new prefix, new ranks do not find dead ones.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        wait = timedelta(hours=3)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     if args.rank > 0:
         sys.stdout = io.StringIO()
 
