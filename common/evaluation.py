@@ -101,6 +101,7 @@ def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence) -> N
     rows = zip(*(batch[:4].cpu() for batch in columns.values()), strict=False)
     tiles = [_tile(values, palette) for row in rows for values in row]
     sheet = TF.to_pil_image(make_grid(tiles, nrow=len(columns), pad_value=255))
+    sheet = ImageOps.scale(sheet, max(1, 256 // tiles[0].shape[2]), Image.Resampling.NEAREST)
     sheet = ImageOps.expand(sheet, (0, 14, 0, 0), "white")
     for k, name in enumerate(columns):
         corner = (k * sheet.width / len(columns) + 2, 0)
