@@ -542,10 +542,7 @@ def check(recipe: Recipe, args: argparse.Namespace) -> int:
 
 
 def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) -> None:
-    """Each step updates the teacher and labels all groups, then minimises equation 7 over them.
-
-    Benchmarks and tests call it with a make_session of their own.
-    """
+    """Minimises equation 7; tests and benchmarks pass a make_session of their own."""
     groups = check(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     labeled, unlabeled = select(data.train, args, batch_size=recipe.batch_size)

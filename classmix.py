@@ -292,10 +292,7 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) -> None:
-    """Equation 1: labeled loss, unlabeled loss, optimizer step, teacher.
-
-    Benchmarks and tests call it with a make_session of their own.
-    """
+    """Minimises equation 1; tests and benchmarks pass a make_session of their own."""
     check(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     labeled, unlabeled = select(data.train, args, batch_size=recipe.batch_size)

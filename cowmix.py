@@ -446,10 +446,7 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) -> None:
-    """Supervised loss, weighted consistency loss, optimizer step, teacher (4.1, D.3.1).
-
-    Benchmarks and tests call it with a make_session of their own.
-    """
+    """Minimises both losses (4.1); tests and benchmarks pass a make_session of their own."""
     check(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
     options = {"batch_size": recipe.batch_size, "unlabeled": "all"}
