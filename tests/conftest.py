@@ -67,6 +67,39 @@ def stopping_train(method: str, step: int, *numbers: int, rank=0):
     return partial(import_module(method).train, make_session=Stopped)
 
 
+def record(method: str, *argv):
+    """Trains in this process; returns the session, with all pictures, losses and batches."""
+    from common import run
+    from common.flags import parse_args
+
+    class Recorder(run.Session):
+        """Writes no files."""
+
+        def restore(self):
+            sessions.append(self)
+            self.pictures, self.logged, self.indices, self.drawn = [], {}, {}, {}
+            return 0
+
+        def log(self, values):
+            for name, value in values.items():
+                self.logged.setdefault(name, []).append(value.item())
+
+        def batches(self, indices, transform, *, stream, start):
+            self.indices[stream], self.drawn[stream] = indices, []
+            for batch in super().batches(indices, transform, stream=stream, start=start):
+                self.drawn[stream].append(batch)
+                yield batch
+
+        def end_step(self, iteration, pictures):
+            self.pictures.append(pictures)
+
+    sessions, module, argv = [], import_module(method), list(map(str, argv))
+    preset = getattr(module, "preset", None)
+    recipe, args = parse_args(method, module.__doc__, module.RECIPES, preset, argv)
+    module.train(recipe, args, Recorder)
+    return sessions[0]
+
+
 def start(*argv, ranks=1, options=()) -> subprocess.Popen:
     """Starts a script, or -c CODE, in a process group; by torchrun if there are several ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

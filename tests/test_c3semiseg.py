@@ -20,7 +20,6 @@ import c3semiseg
 from common import ranks, run
 from common.augment import scale_crop_flip
 
-TAU = 0.15
 CITYSCAPES, BDD100K = (c3semiseg.RECIPES[name] for name in ("cityscapes", "bdd100k"))
 
 
@@ -36,8 +35,8 @@ def _seed():
 # ---- Cross-set CutMix (equation 4) ----
 
 
-@pytest.mark.parametrize("size", [(256, 512), (64, 128)])
-def test_box_is_one_rectangle_of_half_the_area(size):
+def test_box_is_one_rectangle_of_half_the_area():
+    size = 256, 512
     box, again = (c3semiseg.box_mask(200, size, generator=generator()) for _ in range(2))
     assert box.dtype == torch.bool and box.shape == (200, *size) and torch.equal(box, again)
     rows, columns = box.any(2), box.any(1)
@@ -46,8 +45,7 @@ def test_box_is_one_rectangle_of_half_the_area(size):
         assert (F.pad(side.long(), (1, 1)).diff(dim=1).abs().sum(1) == 2).all()  # in one piece
         share = side.sum(1) / length
         assert 0.5 <= share.min() < 0.53 and 0.97 < share.max() <= 1
-    tolerance = 0.003 if size == (256, 512) else 0.01
-    assert (box.double().mean((1, 2)) - 0.5).abs().max() < tolerance
+    assert (box.double().mean((1, 2)) - 0.5).abs().max() < 0.003
 
 
 def test_box_heights_are_log_uniform_and_places_uniform():
@@ -61,28 +59,15 @@ def test_box_heights_are_log_uniform_and_places_uniform():
     assert abs(torch.stack([top, left]).corrcoef()[0, 1]) < 0.08
 
 
-def test_cut_mix_by_hand():
-    """Image a outside the box, where m = 1, and b inside. The second image is the complement."""
-    box = torch.tensor([[[False, True, True], [False, True, True]]])
-    a, b = torch.arange(1, 7).view(1, 1, 2, 3), -torch.arange(1, 7).view(1, 1, 2, 3)
-    first, second = c3semiseg.cut_mix(box, torch.cat([a, b]))
-    assert first.tolist() == [[[1, -2, -3], [4, -5, -6]]]
-    assert second.tolist() == [[[-1, 2, 3], [-4, 5, 6]]]
-
-
 @pytest.mark.parametrize("mixing", ["cross", "intra", "none"])
 @pytest.mark.parametrize("n", [1, 3, 4])
-def test_cut_mix_undoes_itself_and_keeps_every_pixel(mixing, n):
+def test_cut_mix_undoes_itself(mixing, n):
     batch = torch.randint(256, (2 * n, 3, 8, 16)).float()
     order, box = c3semiseg.draw_pairs(mixing, n, (8, 16), generator())
     shuffled = batch[order]
     mixed = c3semiseg.cut_mix(box, shuffled)
-    assert torch.equal(sum(mixed.chunk(2)), sum(shuffled.chunk(2)))
     assert torch.equal(c3semiseg.cut_mix(box, mixed)[order.argsort()], batch)
     assert torch.equal(mixed, shuffled) == (mixing == "none")
-    pixelwise = nn.Conv2d(3, 5, 1)  # what such a network returns can be un-mixed
-    undone = c3semiseg.cut_mix(box, pixelwise(mixed))[order.argsort()]
-    assert_close(undone, pixelwise(batch))
 
 
 def pairs(mixing, n, seed=0):
@@ -96,8 +81,6 @@ def test_pairs_of_both_sets_or_of_one():
     assert abs(sum(crossing) / 4000 - 4 / 7) < 0.03
     assert all((a < 4) == (b < 4) for a, b in pairs("intra", 4))
     assert sum((a < 3) != (b < 3) for a, b in pairs("intra", 3)) == 1
-    for mixing in ("cross", "intra"):
-        assert sorted(itertools.chain(*pairs(mixing, 4))) == list(range(8))
 
 
 # ---- Asymmetric augmentation (section 3.2) ----
@@ -140,11 +123,9 @@ def test_each_image_draws_its_own_operations():
 
 
 def test_laws_of_the_drawn_operations():
-    """P(none) = 1/4, one on average; half have magnitude 10, their mean is 9.80; uniform names."""
+    """P(none) = 1/4; half have magnitude 10, their mean is 9.80; uniform names."""
     drawn = [c3semiseg.draw_operations(CITYSCAPES) for _ in range(8000)]
-    counts = [len(image) for image in drawn]
-    assert counts.count(0) / len(drawn) == pytest.approx(0.25, abs=0.02)
-    assert sum(counts) / len(drawn) == pytest.approx(1, abs=0.03)
+    assert drawn.count([]) / len(drawn) == pytest.approx(0.25, abs=0.02)
     names, strengths = zip(*itertools.chain(*drawn), strict=True)
     assert strengths.count(1) / len(strengths) == pytest.approx(0.5, abs=0.03)
     assert 10 * sum(strengths) / len(strengths) == pytest.approx(9.80, abs=0.02)
@@ -247,38 +228,7 @@ def test_one_of_the_scales():
     assert min(map(sizes.count, set(sizes))) > 15
 
 
-# ---- Losses (equations 1 and 2) ----
-
-
-def test_supervised_loss_by_hand():
-    logits = torch.tensor([0.0, math.log(3)]).view(1, 2, 1, 1).repeat(2, 1, 1, 3).requires_grad_()
-    label = torch.tensor([[[0, 1, 255]], [[1, 255, 255]]])  # probabilities 1/4 and 3/4
-    loss = c3semiseg.supervised_loss(logits, label)
-    assert loss.item() == pytest.approx((math.log(4) + 2 * math.log(4 / 3)) / 3)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert (gradient.abs().sum(1) > 0).equal(label != 255)
-    void = c3semiseg.supervised_loss(logits, torch.full_like(label, 255))
-    assert void == 0 and torch.autograd.grad(void, logits)[0].eq(0).all()
-
-
-def test_consistency_loss_of_uniform_probabilities_is_ln_k_over_k():
-    flat, kept = torch.full((2, 19, 4, 5), 1 / 19), torch.ones(2, 4, 5).bool()
-    loss = c3semiseg.consistency_loss(torch.zeros(2, 19, 4, 5), flat, kept)
-    assert loss.item() == pytest.approx(0.15497, abs=1e-5)
-    assert c3semiseg.consistency_loss(flat, flat, ~kept) == 0
-
-
-def test_consistency_gradient():
-    """mask (softmax z - p) / (19 #kept), exactly 0 elsewhere."""
-    z, prob = torch.randn(3, 19, 4, 5).requires_grad_(), (2 * torch.randn(3, 19, 4, 5)).softmax(1)
-    mask = torch.rand(3, 4, 5) < 0.4
-    mask[2] = False
-    (gradient,) = torch.autograd.grad(c3semiseg.consistency_loss(z, prob, mask), z)
-    assert_close(gradient, mask[:, None] * (z.softmax(1) - prob) / (19 * mask.sum()))
-    assert gradient.movedim(1, 3)[~mask].eq(0).all()
-
-
-# ---- Pixel contrast (equations 3 and 5) ----
+# ---- Losses (equations 1, 2, 3 and 5) ----
 
 
 def naive_contrast(f, f_label, g, g_label, tau, exclude_self):
@@ -305,29 +255,16 @@ def test_contrast_equals_naive_loop(exclude_self):
         loss = function(a, f_label, b, g_label, 0.3, exclude_self=exclude_self)
         results.append((loss, *torch.autograd.grad(loss, (a, b))))
     assert_close(*results)
-    assert results[0][1][0].eq(0).all() and results[0][2][2].eq(0).all()  # void
 
 
-@pytest.mark.parametrize(
-    ("vectors", "each", "expected"),
-    [
-        (torch.eye(5), 120, 0.71516 / 1.5),  # orthogonal clusters: ln(1 + 480 exp(-1 / tau))
-        (torch.ones(5, 8), 120, 9.26380 / 1.5),  # a collapsed embedding: ln(1 + 480)
-        (torch.tensor([[1.0, 0], [-1, 0]]), 60, math.log(1 + 60 * math.exp(-2 / TAU))),
-        (torch.ones(1, 3), 30, 0),  # one class
-        (torch.full((3, 2), -1.0), 1, math.log(1 + 2)),  # no positives but the anchor itself
-    ],
-)
-def test_contrast_of_clusters(vectors, each, expected):
-    """The published loss has a factor of tau / 0.1 = 1.5 before it."""
-    label = torch.arange(len(vectors)).repeat_interleave(each)
-    f = vectors[label].requires_grad_()
-    loss = c3semiseg.pixel_contrast_loss(f, label, f, label, TAU)
-    assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert torch.autograd.grad(loss, f)[0].isfinite().all()
-    for other in (torch.full_like(label, 255), torch.arange(len(f))):  # no pixel counts; no pairs
-        nothing = c3semiseg.pixel_contrast_loss(f, other, f, other, exclude_self=True)
-        assert nothing == 0 and torch.autograd.grad(nothing, f)[0].eq(0).all()
+def test_losses_without_pixels_or_pairs_are_0():
+    z, void = torch.randn(30, 4).requires_grad_(), torch.full((30,), 255)
+    losses = [c3semiseg.supervised_loss(z, void)]
+    losses.append(c3semiseg.consistency_loss(z, z.detach().softmax(1), void != 255))
+    for label in (void, torch.zeros_like(void), torch.arange(30)):  # no negatives; no positives
+        losses.append(c3semiseg.pixel_contrast_loss(z, label, z, label, exclude_self=True))
+    for loss in losses:
+        assert loss == 0 and torch.autograd.grad(loss, z)[0].eq(0).all()
 
 
 @pytest.mark.parametrize("hard", [True, False])
@@ -345,8 +282,6 @@ def test_sample_pixels(hard, per_class):
         index, drawn = c3semiseg.sample_pixels(
             label, prediction, per_class, num_classes=num_classes, hard=hard, generator=generator()
         )
-        assert index.dtype == drawn.dtype == torch.int64
-        assert index.shape == drawn.shape == (batch * num_classes * per_class,)
         index, drawn = (x.view(batch, num_classes, per_class) for x in (index, drawn))
         for b, c in itertools.product(range(batch), range(num_classes)):
             of_class = (label == c) & (torch.arange(batch) == b).view(-1, 1, 1)
@@ -380,21 +315,6 @@ def test_an_image_with_fewer_pixels_than_a_sample():
     assert drawn.eq(255).all() and index.shape == (160,) and index.max() < 18
 
 
-def test_projection_head():
-    head = c3semiseg.ProjectionHead(2048)
-    assert sum(p.numel() for p in head.parameters()) == 590_336
-    for convolution in (head[0], head[2]):
-        assert convolution.weight.std().item() == pytest.approx(0.01, rel=0.05)
-    head = c3semiseg.ProjectionHead(6, 8)
-    for parameter in head.parameters():
-        parameter.data = torch.randn(*parameter.shape)
-    features, box = torch.randn(4, 6, 4, 5), torch.rand(2, 4, 5) < 0.5
-    out = head(features)
-    assert out.shape == (4, 8, 4, 5) and out.dtype == torch.float32
-    assert_close(out.norm(dim=1), torch.ones(4, 4, 5))
-    assert_close(c3semiseg.cut_mix(box, out), head(c3semiseg.cut_mix(box, features)))
-
-
 # ---- Dynamic confident regions (equation 6) ----
 
 
@@ -408,50 +328,30 @@ def naive_thresholds(thresholds, confidence, pseudo_label, keep, momentum):
 
 
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8, 0.9, 0.999])
-def test_thresholds_equal_naive_ones(keep):
-    regions = c3semiseg.ConfidentRegions(19, keep=keep, momentum=0.7)
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_thresholds_equal_naive_ones(keep, momentum):
+    regions = c3semiseg.ConfidentRegions(19, keep=keep, momentum=momentum)
     assert regions.thresholds.eq(0.9).all()
     thresholds = regions.thresholds.clone()
     for seed in range(5):
         pseudo_label = torch.randint(17, (2, 13, 11)) + seed % 3
         confidence = torch.rand(2, 13, 11) * 0.95 + 0.05
         pseudo_label[0, 0, 0], confidence[0, 0, 0] = 18, 1.0
-        expected = naive_thresholds(thresholds, confidence, pseudo_label, keep, 0.7)
+        expected = naive_thresholds(thresholds, confidence, pseudo_label, keep, momentum)
         mask = regions.update(confidence, pseudo_label)
         assert_close(regions.thresholds, expected, rtol=0, atol=1e-6)
-        absent = torch.bincount(pseudo_label.flatten(), minlength=19) == 0
-        assert torch.equal(regions.thresholds[absent], thresholds[absent])  # to the bit
         thresholds = regions.thresholds.clone()
         assert torch.equal(mask, confidence >= thresholds[pseudo_label])  # inclusive, updated first
         assert torch.equal(mask, regions.confident(confidence, pseudo_label))
-
-
-def test_a_batch_s_own_threshold_keeps_floor_s_n_plus_one():
-    for n, keep in itertools.product((1, 2, 5, 10, 997), (0.2, 0.6, 0.8)):
-        regions = c3semiseg.ConfidentRegions(3, keep=keep, momentum=0.0)
-        confidence = (torch.randperm(n, generator=generator()).float() + 1).view(1, 1, n) / n
-        mask = regions.update(confidence, torch.ones(1, 1, n).long())
-        assert mask.sum() == min(int(keep * n) + 1, n)
-
-
-@pytest.mark.parametrize("keep", [0.4, 0.6, 0.8, 0.9])
-def test_a_stationary_stream_settles_at_s(keep):
-    regions, shares = c3semiseg.ConfidentRegions(2, keep=keep), []
-    pseudo_label = torch.tensor([0, 1]).view(2, 1, 1).expand(-1, 20, 25)
-    for _ in range(150):
-        confidence = torch.rand(2, 20, 25) ** torch.tensor([0.3, 1]).view(2, 1, 1)
-        shares.append(regions.update(confidence, pseudo_label).float().mean((1, 2)))
-    assert (torch.stack(shares[60:]).mean(0) - keep).abs().max() < 0.012  # in both classes
 
 
 def test_void_leaves_the_thresholds_alone():
     confidence, label = torch.rand(2, 20, 30), torch.randint(3, (2, 20, 30))
     void = torch.rand(2, 20, 30) < 0.4
     regions, other = (c3semiseg.ConfidentRegions(3, momentum=0.0) for _ in range(2))
-    mask = regions.update(confidence, label.masked_fill(void, 255))
+    regions.update(confidence, label.masked_fill(void, 255))
     other.update(confidence[~void][None, None], label[~void][None, None])
     assert torch.equal(regions.thresholds, other.thresholds)
-    assert 0.79 < mask[~void].float().mean() < 0.81
     everything = c3semiseg.ConfidentRegions(3, keep=1.0).update(confidence, label)
     assert everything.all() and everything.dtype == torch.bool
 
@@ -500,7 +400,7 @@ def naive_sampled_contrast(f, g, label, logits):
     index, drawn = c3semiseg.sample_pixels(label, prediction, 3, **how)
     assert (drawn != 255).sum() > 10
     f, g = (e.permute(0, 2, 3, 1).reshape(-1, 5)[index] for e in (f, g))
-    return naive_contrast(f, drawn, g, drawn, TAU, True)
+    return naive_contrast(f, drawn, g, drawn, 0.15, True)
 
 
 def equation_4(maps, box):
@@ -527,12 +427,11 @@ def naive_c3(student, labeled, unlabeled, order, box, sets):
     return terms, image[:3]
 
 
-@pytest.mark.parametrize("mixing", ["cross", "intra"])
 @pytest.mark.parametrize("sets", ["both", "labeled", "unlabeled"])
-def test_c3_loss_equals_naive_loss(mixing, sets):
+def test_c3_loss_equals_naive_loss(sets):
     """Also in its gradients: they reach only anchors, or both sides if sets is "labeled"."""
     labeled, unlabeled = group()
-    pairs = c3semiseg.draw_pairs(mixing, 3, (12, 16), generator())
+    pairs = c3semiseg.draw_pairs("cross", 3, (12, 16), generator())
     assert not torch.equal(pairs[0], pairs[0].argsort())
     student, twin = Stub(1), Stub(1)
     how = {"contrast": sampled_contrast(), "sets": sets}
@@ -568,14 +467,6 @@ def test_road_can_be_left_out(first_class, used):
     sampled_contrast(per_class=10, first_class=first_class)(f, f.detach(), label, logits).backward()
     anchors = f.grad.abs().sum(1) > 0
     assert anchors.sum() == 10 * used and label[anchors].min() == first_class
-
-
-def test_labels_at_another_size():
-    label, box = torch.randint(19, (2, 256, 512)), c3semiseg.box_mask(2, (256, 512))
-    row, column = (torch.arange(n) * size // n for n, size in ((33, 256), (65, 512)))
-    for values in (label, box):
-        small = c3semiseg.resize_nearest(values, (33, 65))
-        assert small.dtype == values.dtype and torch.equal(small, values[:, row][:, :, column])
 
 
 def test_weights_of_equation_7():
@@ -630,6 +521,8 @@ def test_network_of_the_paper():
     fixed = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     assert fixed == 105_344 and len(trained) == 104 + 8 + 4
     assert sum(trained) == 42_500_160 - 105_344 + 1_400_908 + 590_336
+    for convolution in (net.projection[0], net.projection[2]):
+        assert convolution.weight.std().item() == pytest.approx(0.01, rel=0.05)
     backbone, heads = net.parameter_groups(1.2e-4, 1.0)
     assert len(backbone["params"]) == 104 and len(heads["params"]) == 12
     for mode in (net, net.train()):  # from the first step on

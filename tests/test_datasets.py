@@ -1,6 +1,5 @@
 """Images and labels, the choice of labeled images, batches."""
 
-import os
 import struct
 import zlib
 from argparse import Namespace
@@ -17,8 +16,6 @@ from common import InputError, streets
 from common.augment import scale_crop_flip
 from common.datasets import MicroBatches, endless, open_dataset, select, split
 
-REAL_CAMVID = Path(os.environ.get("CAMVID", Path(__file__).parents[2] / "shared/data/camvid"))
-
 
 def test_camvid_reads_both_formats_and_maps_void(camvid):
     data = open_dataset("camvid", camvid)
@@ -29,16 +26,8 @@ def test_camvid_reads_both_formats_and_maps_void(camvid):
     assert image.shape == (3, 48, 64) and image.dtype == torch.uint8 and label.dtype == torch.uint8
     assert torch.equal(label, torch.from_numpy(np.where(ids == 11, 255, ids)))
     assert label[0, 0] == 255 and data.class_names[0] == "sky" and len(data.palette) == 11
-
-
-def test_size_resizes_the_image_antialiased_and_the_label_by_nearest(camvid):
-    image, label = open_dataset("camvid", camvid, size=(12, 16)).train[3]
-    original = Image.open(camvid / "train/003.png")
-    wanted = np.asarray(original.resize((16, 12), Image.Resampling.BILINEAR))
-    assert np.array_equal(image.movedim(0, 2), wanted)
-    full_image, full_label = open_dataset("camvid", camvid, size=(12, 16), full_labels=True).val[0]
-    assert full_image.shape == (3, 12, 16) and full_label.shape == (48, 64)
-    assert set(label.unique().tolist()) <= {*range(11), 255}
+    camvid.rename(camvid.with_name("CamVid"))  # may lie one level down
+    assert open_dataset("camvid", camvid.parent).train.names == data.train.names
 
 
 def test_a_photograph_is_turned_no_more_than_its_label(folder):
@@ -50,18 +39,6 @@ def test_a_photograph_is_turned_no_more_than_its_label(folder):
     image, label = open_dataset("folder", folder).train[2]
     assert image.shape[1:] == label.shape == upright.shape[:2]
     assert np.abs(image.movedim(0, 2).numpy() - upright.astype(int)).max() < 30
-
-
-@pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason="the real CamVid is not here")
-def test_the_real_camvid():
-    data = open_dataset("camvid", REAL_CAMVID)
-    assert (len(data.train), len(data.val)) == (367, 101)
-    for part in (data.train, data.val):
-        image, label = part[5]
-        assert image.shape == (3, 360, 480) and label.shape == (360, 480)
-        assert set(label.unique().tolist()) <= {*range(11), 255} and (label == 255).any()
-    rows = torch.arange(360.0).view(-1, 1).expand(360, 480)
-    assert rows[label == 0].mean() < rows[label == 3].mean()  # sky lies above the road
 
 
 def test_folder_pairs_by_stem_and_keeps_images_without_labels(folder):
@@ -122,10 +99,6 @@ def test_streets_are_the_same_every_time(monkeypatch):
     assert (counts[: one.num_classes] > 0).all() and counts[one.num_classes : 255].sum() == 0
 
 
-def kind(value):
-    return (list, *{type(element) for element in value}) if type(value) is list else type(value)
-
-
 def test_scenes_and_images_have_the_same_interface(folder, monkeypatch, tmp_path):
     """The rest of the program uses either of them without asking which one it is."""
     monkeypatch.setattr(streets, "COUNTS", {"train": 3, "val": 2})
@@ -133,8 +106,10 @@ def test_scenes_and_images_have_the_same_interface(folder, monkeypatch, tmp_path
     images = open_dataset("folder", folder, size=(32, 64)).train
     shared = {name for name in dir(scenes) if not name.startswith("_")} - {"images", "labels"}
     assert shared == {"names", "files", "has_label", "same_size", "prepare"}
-    for name in shared:
-        assert kind(getattr(scenes, name)) == kind(getattr(images, name)), name
+    for name in ("names", "files", "has_label"):
+        ours, theirs = getattr(scenes, name), getattr(images, name)
+        assert type(ours) is type(theirs) is list and type(ours[0]) is type(theirs[0]), name
+    assert scenes.same_size is images.same_size is True
     for part in (scenes, images):
         assert len(part) == len(part.names) == len(part.files) == len(part.has_label)
         assert part.names == sorted(set(part.names)) and part.prepare() is None
@@ -202,12 +177,7 @@ def test_select_by_list_tells_images_of_one_name_apart(folder, tmp_path):
         assert [train.names[k] for k in choose(train, labeled_list=listed)[0]] == ["1/a"]
     listed.write_text("street 3.jpg")  # a name may hold a blank
     assert [train.names[k] for k in choose(train, labeled_list=listed)[0]] == ["street 3"]
-    errors = {
-        "a": "several",
-        "elsewhere/a.png": "several",
-        "street 8": "without a label",
-        "": "no i",
-    }
+    errors = {"a": "several", "elsewhere/a.png": "several", "street 8": "without", "": "no i"}
     for line, problem in errors.items():
         listed.write_text(line)
         with pytest.raises(InputError, match=problem):
@@ -222,6 +192,7 @@ def test_select_takes_labels_only_from_labeled_images(folder):
 
 
 NUMBERS = [(torch.full((3, 1, 1), k).byte(), torch.full((1, 1), k).byte()) for k in range(20)]
+WEAK = scale_crop_flip(scale_range=(0.5, 1.5), crop=(40, 40), flip=True, mean=torch.zeros(3, 1, 1))
 
 
 def draw(images, transform, number, *, start=0, workers=0, **options):
@@ -242,12 +213,11 @@ def numbers(**options):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batch_t_depends_on_seed_stream_and_t_alone(camvid, workers):
-    images, mean = open_dataset("camvid", camvid).train, torch.full((3, 1, 1), 0.5)
-    weak = scale_crop_flip(scale_range=(0.5, 1.5), crop=(40, 40), flip=True, mean=mean)
+    images = open_dataset("camvid", camvid).train
     torch.manual_seed(0)
-    whole = draw(images, weak, 7, batch_size=3)
+    whole = draw(images, WEAK, 7, batch_size=3)
     torch.manual_seed(1)
-    resumed = draw(images, weak, 3, batch_size=3, start=4, workers=workers)
+    resumed = draw(images, WEAK, 3, batch_size=3, start=4, workers=workers)
     for (image, label), (image_again, label_again) in zip(whole[4:], resumed, strict=True):
         assert torch.equal(image, image_again) and torch.equal(label, label_again)
     assert image.dtype == torch.float32 and 0.5 < image.max() <= 1 and label.dtype == torch.int64
@@ -260,12 +230,11 @@ def test_batch_t_depends_on_seed_stream_and_t_alone(camvid, workers):
 
 def test_micro_batches_together_are_the_batch(camvid):
     """Two ranks with two micro-batches each see what one process sees, flips and crops included."""
-    images, mean = open_dataset("camvid", camvid).train, torch.zeros(3, 1, 1)
-    weak = scale_crop_flip(scale_range=(0.5, 1.5), crop=(40, 40), flip=True, mean=mean)
-    whole = draw(images, weak, 5, batch_size=8)
+    images = open_dataset("camvid", camvid).train
+    whole = draw(images, WEAK, 5, batch_size=8)
     ranks = [range(2), range(2, 4)]
     split = {"batch_size": 8, "count": 4, "start": 1}
-    parts = [draw(images, weak, 8, micro_batches=rank, **split) for rank in ranks]
+    parts = [draw(images, WEAK, 8, micro_batches=rank, **split) for rank in ranks]
     for t, batch in enumerate(whole[1:]):
         micro_batches = [rank[2 * t + k] for rank in parts for k in range(2)]
         for wanted, *pieces in zip(batch, *micro_batches, strict=True):

@@ -13,8 +13,7 @@ from scipy.io import savemat
 from common import InputError, layouts
 from common.datasets import open_dataset, select
 
-TRAIN_ID = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11}
-TRAIN_ID |= {25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 SMALL = "--weights none --layers 1 1 1 1 --width 4 --aspp-rates 1 2 --batch-size 2 --workers 0"
 WRITE = {
     "cityscapes": lambda root: write_cityscapes(root, parents=False),
@@ -34,7 +33,7 @@ def one(root, pattern):
 
 
 def train_ids(path):
-    return [[TRAIN_ID.get(i, 255) for i in row] for row in raw(path).tolist()]
+    return [[IDS.index(i) if i in IDS else 255 for i in row] for row in raw(path).tolist()]
 
 
 def names(numbers):
@@ -68,8 +67,6 @@ def test_cityscapes_classes_names_and_counts(tmp_path, capsys):
     assert data.train.names == [f"train{n[0]}/train{n}_000019" for n in numbers]
     assert data.num_classes == 19 and data.class_names[11:13] == ("person", "rider")
     assert data.palette[13] == (0, 0, 142) and data.palette[18] == (119, 11, 32)
-    seen = {i for _, label in data.train for i in label.unique().tolist()}
-    assert len(seen) > 12 and 255 in seen
     errors = capsys.readouterr().err
     assert errors.startswith("warning: ") and errors.count("\n") == 1
     assert "'train': 4, 'val': 2" in errors and "'train': 2975, 'val': 500" in errors
@@ -131,16 +128,6 @@ traina_000003_000019_leftImg8bit""".splitlines():
         assert select(train, args, batch_size=2) == ([1], [0, 2, 3]), line
 
 
-def test_voc_validation_images_are_kept_apart(tmp_path, capsys):
-    val = range(5, 9)
-    write_voc(tmp_path, range(9), val, folder="SegmentationClassAug")
-    data = open_dataset("voc", tmp_path)
-    assert data.train.names == names(range(5)) and data.val.names == names(val)
-    assert data.num_classes == len(set(data.palette)) == 21 and data.class_names[15] == "person"
-    assert data.palette[:2] == ((0, 0, 0), (128, 0, 0)) and data.palette[15] == (192, 128, 128)
-    assert not data.train.same_size and "'train': 10582, 'val': 1449" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("given", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
 def test_voc_with_sbd_counts_each_image_once(tmp_path, given, capsys):
     train, val, sbd = range(10), range(10, 16), [*range(4, 13), *range(20, 30)]
@@ -154,7 +141,10 @@ def test_voc_with_sbd_counts_each_image_once(tmp_path, given, capsys):
         official = voc / f"SegmentationClass/2007_{number:06d}.png"
         ids = raw(official) if number in train else np.full((40, 60), number % 21)
         assert np.array_equal(label, ids)
-    assert capsys.readouterr().err.count("\n") == 1
+    assert data.num_classes == len(set(data.palette)) == 21 and data.class_names[15] == "person"
+    assert data.palette[:2] == ((0, 0, 0), (128, 0, 0)) and data.palette[15] == (192, 128, 128)
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "'train': 10582, 'val': 1449" in errors
 
 
 def test_class_ids_of_sbd_are_whole_numbers_of_any_type(tmp_path, recwarn):
@@ -176,10 +166,9 @@ def test_voc_detects_the_augmented_set_by_count(tmp_path, monkeypatch):
     assert layouts.VOC_MASKS == 2913  # official ones
     write_voc(tmp_path, range(6), range(6, 9))
     monkeypatch.setattr(layouts, "VOC_MASKS", 9)
-    with pytest.raises(InputError, match="9 masks, but none of SBD's") as caught:
+    tried = f"{tmp_path}/SegmentationClassAug, {tmp_path}/benchmark_RELEASE/dataset/cls"
+    with pytest.raises(InputError, match=f"9 masks, but none of SBD's; tried {tried}"):
         open_dataset("voc", tmp_path)
-    for tried in ("SegmentationClassAug", "benchmark_RELEASE/dataset/cls"):
-        assert str(tmp_path / tried) in str(caught.value)
     monkeypatch.setattr(layouts, "VOC_MASKS", 8)
     assert open_dataset("voc", tmp_path).train.names == names(range(6))
 
@@ -187,17 +176,11 @@ def test_voc_detects_the_augmented_set_by_count(tmp_path, monkeypatch):
 def test_official_masks_win_over_augmented_ones(tmp_path):
     write_voc(tmp_path, range(4), [4, 5], folder="SegmentationClassAug")
     write_voc(tmp_path, [1], [4, 5])
-    for k in (1, 4):
-        mask = tmp_path / f"SegmentationClass/2007_{k:06d}.png"
+    for mask in tmp_path.glob("SegmentationClass/*.png"):
         Image.fromarray(np.full_like(raw(mask), 20)).save(mask)
     data = open_dataset("voc", tmp_path)
     assert (data.train[1][1] == 20).all() and (data.val[0][1] == 20).all()
     assert not (data.train[0][1] == 20).all() and len(data.train) == 4
-
-
-def test_camvid_may_lie_one_level_down(camvid):
-    camvid.rename(camvid.with_name("CamVid"))
-    assert open_dataset("camvid", camvid.parent).train.names == [f"{k:03d}" for k in range(8)]
 
 
 @pytest.mark.parametrize("old", [False, True])

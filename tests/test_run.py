@@ -18,7 +18,7 @@ from conftest import ROOT, finish, problems, read_log, read_state, start, stoppi
 from PIL import Image
 
 import classmix
-from common import evaluation, flags, run, warn
+from common import evaluation, flags, run
 
 SMALL = """--weights none --layers 1 1 1 1 --width 4 --optimizer adam --lr 3e-3 --head-factor 1
 --batch-size 2 --workers 0 --aspp-rates 1 2"""
@@ -245,13 +245,6 @@ def test_one_process_needs_nothing_that_only_posix_has(tmp_path):
     assert end[::2] == (0, "") and "mIoU" in end[1]
 
 
-def test_only_rank_0_warns(monkeypatch, capsys):
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        warn(f"by {rank}")
-    assert capsys.readouterr().err == "warning: by 0\n"
-
-
 # ---- Folders, resuming ----
 
 
@@ -276,7 +269,7 @@ NAMES = {
     "--labeled 1/30 --split-seed 2 --supervised": "1-30_s0_split-seed-2_supervised",
     "--labeled-list lists/one": "one_s0",
     "--weights w/coco --no-flip --lr 2.5e-4 --head-factor 10": "1-8_s0_weights-coco",
-    "--flip --size 64 128": "1-8_s0_flip_size-64x128",
+    "--flip --size 64 128": "1-8_s0_size-64x128_flip",
     "--workers 3 --save-every 7 --device cpu --eval-every 2": "1-8_s0",
 }
 
@@ -285,9 +278,7 @@ NAMES = {
 def test_folders_name_what_differs_from_the_recipe(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     _, args = parse("--dataset", "cityscapes", *given.split())
-    start, *parts = f"runs/classmix_cityscapes_{NAMES[given]}".split("_s", 1)
-    assert str(args.output_dir).startswith(start)
-    assert sorted(str(args.output_dir).split("_")) == sorted("_s".join([start, *parts]).split("_"))
+    assert args.output_dir == Path(f"runs/classmix_cityscapes_{NAMES[given]}")
 
 
 def test_resized_images_of_any_size_need_no_crop():
@@ -429,12 +420,9 @@ def test_bad_data_is_one_line_that_names_the_file(refused, args, camvid, tmp_pat
 
 
 BAD_FLAGS = """
---labeled 0 | --labeled 0
 --labeled 9 | --labeled 9
---labeled 1/0 | --labeled 1/0
 --labeled 7 --batch-size 2 | only 1 unlabeled
 --labeled 3 --labeled-list nowhere.txt | not allowed with
---labeled-list nowhere.txt | nowhere.txt
 --batch-size 1 | --batch-size 1: mixing needs at least 2 unlabeled images
 --warmup 9 | 1 iterations, but 9 of them are warm-up
 --scale-range 0.5 2 | --scale-range: needs --crop
@@ -443,7 +431,6 @@ BAD_FLAGS = """
 --full-resolution | --full-resolution: only goes with --evaluate
 --colour | --colour
 --itera 3 | --itera
---out | --out
 --data-dir camvdi | camvdi
 --weights nowhere.pth | nowhere.pth
 --resume  | no such checkpoint
@@ -463,7 +450,6 @@ BAD_FLAGS = """
 --ema-decay 1.5 | 1.5 is not a number from 0
 --sigma-range 0 4 | 0 is not a number from
 --layers 1 1 1 0 | 0 is not a number from 1
---size 24 | --size
 """
 
 
