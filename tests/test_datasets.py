@@ -1,5 +1,6 @@
 """Images and labels, the choice of labeled images, batches."""
 
+import os
 import struct
 import zlib
 from argparse import Namespace
@@ -15,6 +16,19 @@ from PIL import Image
 from common import InputError, streets
 from common.augment import scale_crop_flip
 from common.datasets import MicroBatches, endless, open_dataset, select, split
+
+REAL_CAMVID = Path(os.environ.get("CAMVID", Path(__file__).parents[2] / "shared/data/camvid"))
+
+
+@pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason="the real CamVid is not here")
+def test_the_real_camvid():
+    data = open_dataset("camvid", REAL_CAMVID)
+    for part, count in ((data.train, 367), (data.val, 101)):
+        image, label = part[5]
+        assert len(part) == count and image.shape == (3, 360, 480) and label.shape == (360, 480)
+        assert set(label.unique().tolist()) <= {*range(11), 255} and (label == 255).any()
+    rows = torch.arange(360.0).view(-1, 1).expand(360, 480)
+    assert rows[label == 0].mean() < rows[label == 3].mean()  # sky lies above the road
 
 
 def test_camvid_reads_both_formats_and_maps_void(camvid):
