@@ -37,15 +37,16 @@ def is_sound(place: Path) -> bool:
 def build(place: Path, count: int, items) -> None:
     """Writes count pairs of image and label into DIR/KEY and removes everything else in DIR."""
     place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)  # a damaged cache
     with tempfile.TemporaryDirectory(dir=place.parent, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / place.name  # a killed run must not leave half a cache
         folder.mkdir()
         _write(folder, count, items)
         print(f", to {place}")
         if not is_sound(place):  # else another run was faster
-            for other in set(place.parent.iterdir()) - {Path(temporary)}:
-                shutil.rmtree(other, ignore_errors=True)
             folder.rename(place)
+        for other in set(place.parent.iterdir()) - {Path(temporary), place}:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _write(folder: Path, count: int, items) -> None:

@@ -50,8 +50,8 @@ class Images(Dataset):
         self.cache_dir = cache_dir if large and sizes != {self.size} else None
         self.cache: Path | None = None
 
-    def prepare(self) -> None:
-        """Decodes large images into the cache, unless it is there. A full disk gives a warning."""
+    def prepare(self, *, build: bool = True) -> None:
+        """Uses the cache of decoded images, if there is one; build=True first makes it."""
         folder, self.cache_dir = self.cache_dir, None  # tried once
         if folder is None:
             return
@@ -60,11 +60,12 @@ class Images(Dataset):
         # More prefetching overflows the 64 MB of shared memory in a default container.
         items = loader(self, min(16, os.cpu_count() or 1), batch_size=None, prefetch_factor=1)
         try:
-            if not cache.is_sound(place):
+            if build and not cache.is_sound(place):
                 cache.build(place, len(self), items)
-            self.cache = place
         except OSError as error:
-            warn(f"no cache, training will be slower: cannot write {place} ({error})")
+            if not cache.is_sound(place):  # else another run has built it
+                warn(f"no cache, training will be slower: cannot write {place} ({error})")
+        self.cache = place if cache.is_sound(place) else None
 
     def __len__(self) -> int:
         return len(self.names)

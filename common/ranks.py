@@ -1,7 +1,4 @@
-"""Ranks, the processes that torchrun starts, one for each GPU, and the micro-batches of each.
-
-Without torchrun there is one rank.
-"""
+"""The ranks of a run. torchrun starts one process for each; without torchrun there is one."""
 
 import io
 import os
@@ -25,20 +22,19 @@ _NUMBER = torch.zeros((), dtype=torch.int64)  # kept for ever: torch 2.5 may han
 def join(args) -> None:
     """Connects the ranks. From here on only rank 0 prints to stdout."""
     if args.ranks > 1:
-        # Numbers on the host go through gloo, so that no rank waits for its GPU to send one. The
-        # timeout is long because ranks wait while rank 0 evaluates or decodes images.
+        # gloo sends the numbers of the host. No rank has to wait for its GPU then.
         backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
         store, rank, size = next(rendezvous("env://"))
-        # torchrun's store outlives a restart. Under a new prefix, new ranks do not find dead ones.
+        # torchrun keeps its store after a restart. The prefix hides the dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        wait = timedelta(hours=3)
+        wait = timedelta(hours=3)  # rank 0 evaluates and decodes meanwhile
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     if args.rank > 0:
         sys.stdout = io.StringIO()
 
 
 def leave() -> None:
-    """Ends all ranks together, because torchrun stops the others when one ends with an error."""
+    """Ends all ranks together. torchrun stops the others when one ends with an error."""
     if dist.is_initialized():
         all_max(0)
         for number in SIGNALS:
@@ -48,9 +44,9 @@ def leave() -> None:
 
 def all_max(number: int) -> int:
     """Returns the largest of the ranks' numbers. Every rank waits for the others."""
-    if not dist.is_initialized():
-        return number
-    dist.all_reduce(_NUMBER.fill_(number), dist.ReduceOp.MAX)
+    _NUMBER.fill_(number)
+    if dist.is_initialized():
+        dist.all_reduce(_NUMBER, dist.ReduceOp.MAX)
     return int(_NUMBER)
 
 
@@ -70,16 +66,13 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def check_batch_size(batch_size: int, args, *, accumulate: int, least: int) -> None:
-    """Raises InputError unless a batch splits into equal micro-batches of `least` images or more.
-
-    There are `accumulate` micro-batches on each rank.
-    """
+    """Refuses a batch that the micro-batches, `accumulate` on each rank, cannot share equally."""
     count = args.ranks * accumulate
     if batch_size % count:
         raise InputError(f"--batch-size {batch_size}: cannot be split into {count} micro-batches")
     if batch_size < least * count and not args.supervised:
-        reason = f"mixing needs at least {least} unlabeled images in each micro-batch"
-        raise InputError(f"--batch-size {batch_size}: {reason}")
+        need = f"mixing needs at least {least} unlabeled images in each micro-batch"
+        raise InputError(f"--batch-size {batch_size}: {need}")
 
 
 def step_seed(seed: int, iteration: int, micro_batch: int, purpose: str) -> int:
