@@ -17,14 +17,10 @@ and the loss is weighted by the share of pixels of which the teacher is confiden
     lambda: share of   an image      a batch           a batch      --weight-scope sample
     Nesterov momentum  yes           no                no           --nesterov
     jitter and blur    table 3       on Cityscapes     no           --extra-augmentations
-    VOC: scale         0.5 to 1.5    0.5 to 1.6        0.5 to 1.5   --scale-range 0.5 1.6
-    VOC: mirror        yes           no                yes          --no-flip
+    VOC: scale, mirror 0.5-1.5, yes  0.5-1.6, no       0.5-1.5, yes --scale-range, --no-flip
     squared error      sum over K    mean over K       sum over K
-    backbone (1)       1             3                 1            --lr 7.5e-4 --head-factor 3.33
-    VOC: padding       -             counts            counts
+    backbone steps     1             3 (listed thrice) 1            --lr 7.5e-4 --head-factor 3.33
     initial weights    COCO          COCO (offline)    ImageNet     --weights FILE
-
-(1) How often the optimizer lists each parameter. Each listing takes another step.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -186,10 +182,7 @@ def unlabeled_weight(confidence: Tensor, threshold: float, weighting: str, scope
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
-    """Mean over the batch's labeled pixels (equation 2): (B,K,H,W), (B,H,W) int64 -> scalar.
-
-    Void pixels do not count. If all pixels are void, the loss is 0.
-    """
+    """Mean over labeled pixels (equation 2), 0 if all are void: (B,K,H,W), (B,H,W) -> scalar."""
     total = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="sum")
     return total / (label != ignore_index).sum().clamp(min=1)
 
@@ -217,9 +210,8 @@ def classmix_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
-    Each image is pasted onto the next one of the batch, which needs two images. make_mask
-    turns pseudo-labels (B,H,W) into masks. augment changes mixed images. Algorithm 1: prob S_A, S_B
-    (lines 1-2), pseudo_label (line 3), mask M (lines 4-6).
+    Each image is pasted onto the next one, which takes two images. prob is S (lines 1-2). make_mask
+    turns pseudo-labels (line 3) into masks M (lines 4-6). augment changes the mixed images.
     """
     with torch.no_grad():
         prob = teacher(image).float().softmax(1)
@@ -270,8 +262,6 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
 
 def jitter_and_blur(recipe: Recipe) -> Callable[[int, Tensor], Tensor]:
     """augment(seed, image) of table 3: float (B,3,H,W) in [0,1] -> same, each image on its own."""
-    if not recipe.extra_augmentations:
-        return lambda _, image: image
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.jitter, 0.5))
     blur = v2.GaussianBlur(2 * int(4 * recipe.blur_sigma[1] + 1) + 1, recipe.blur_sigma)
     jitter = v2.RandomApply([jitter], recipe.jitter_probability)
@@ -310,7 +300,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     first = max(start, recipe.warmup)
     batches_u = session.batches(unlabeled, without_label(transform), stream=1, start=first)
-    augment = jitter_and_blur(recipe)
+    augment = jitter_and_blur(recipe) if recipe.extra_augmentations else lambda _, image: image
     student = run.prepare(student, args, train=True)
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):

@@ -12,12 +12,9 @@ drawn anew in each block. p, which sets the complexity, is drawn in each iterati
     complexmix_loss     equation 3, unlabeled term of equation 1
 
     choice             paper                 here                             flag
-    half of which      all C (section 3.1),  all C, because small blocks      --classes present
-      classes          of a block (sec. 1)   hold one class; floor(1/2) = 0
-    p                  "each iteration"      one for a batch, uniform         --blocks 4 16
+    half of            all C, or a block's   all C: small blocks hold one     --classes present
     confidence         "sufficiently high"   lambda: share of such pixels     --weighting pixel
-    warm-up            "initial training"    1000 of the 40000 steps          --warmup
-    teacher            -                     rises to 0.99 after the warm-up  --ema-decay
+    warm-up            "initial training"    1000 steps; then the teacher     --warmup
     1/N (eq. 2, 3)     labeled examples      mean over images and pixels
 
 No code was published. What is not in the table is as in classmix.py.
@@ -151,10 +148,7 @@ def unlabeled_weight(confidence: Tensor, threshold: float, weighting: str, scope
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
-    """Mean over the batch's labeled pixels (equation 2): (B,K,H,W), (B,H,W) int64 -> scalar.
-
-    Void pixels do not count. If all pixels are void, the loss is 0.
-    """
+    """Mean over labeled pixels (equation 2), 0 if all are void: (B,K,H,W), (B,H,W) -> scalar."""
     total = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="sum")
     return total / (label != ignore_index).sum().clamp(min=1)
 
@@ -172,8 +166,8 @@ def complexmix_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
-    Each image is pasted onto the next one of the batch, which needs two images. make_mask
-    turns pseudo-labels (B,H,W) into masks. Section 3.1: prob g(u), pseudo_label y, mask M.
+    Each image is pasted onto the next one, which takes two images. prob is g(u). make_mask
+    turns pseudo-labels y into masks M (section 3.1).
     """
     with torch.no_grad():
         prob = teacher(image).float().softmax(1)

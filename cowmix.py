@@ -219,10 +219,7 @@ def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
-    """Mean over the batch's labeled pixels (4.1): (B,K,H,W), (B,H,W) int64 -> scalar.
-
-    Void pixels do not count. If all pixels are void, the loss is 0.
-    """
+    """Mean over labeled pixels (4.1), 0 if all are void: (B,K,H,W), (B,H,W) -> scalar."""
     total = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="sum")
     return total / (label != ignore_index).sum().clamp(min=1)
 

@@ -7,11 +7,7 @@ from torch import nn
 
 
 def make_teacher(student: nn.Module, *, train_mode: bool) -> nn.Module:
-    """Returns a copy of the student, with its buffers, that takes no gradient.
-
-    In train mode its batch norm uses the statistics of the batch that it labels, otherwise the
-    running statistics.
-    """
+    """Returns a copy that takes no gradient. In train mode it uses each batch's statistics."""
     return copy.deepcopy(student).requires_grad_(False).train(train_mode)
 
 

@@ -65,7 +65,9 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     dataset = given.get("dataset", "streets")
     recipe = recipes[dataset] if preset is None else preset(dataset, given)
     values = {**vars(Settings()), **DEFAULTS[dataset], **vars(recipe), "checkpoint": None}
-    folders = _folders(method, values | vars(recipes[dataset]), vars(recipe), given)
+    folders = [Path(given.get("output_dir", ""))]
+    if "output_dir" not in given:
+        folders = _folders(method, values | vars(recipes[dataset]), vars(recipe), given)
     path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
     if path == "auto":
         path = next((f / "last.pt" for f in folders[::-1] if (f / "last.pt").exists()), None)
@@ -175,9 +177,7 @@ def _options(kind) -> dict:
 
 
 def _folders(method: str, defaults: dict, recipe: dict, given: dict) -> list[Path]:
-    """Returns --output-dir, or NAME, NAME-2, ... up to the first folder that does not exist."""
-    if "output_dir" in given:
-        return [Path(given["output_dir"])]
+    """Returns NAME, NAME-2, ... up to the first folder that does not exist."""
     chosen = {**defaults, **given}
     labeled = Path(chosen["labeled_list"] or chosen["labeled"].replace("/", "-")).name
     parts = [method, chosen["dataset"], labeled, f"s{chosen['seed']}"]

@@ -21,14 +21,13 @@ _NUMBER = torch.zeros((), dtype=torch.int64)  # kept for ever: torch 2.5 may han
 
 def join(args) -> None:
     """Connects the ranks. From here on only rank 0 prints to stdout."""
-    if args.ranks > 1:
-        # gloo sends the numbers of the host. No rank has to wait for its GPU then.
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        store, rank, size = next(rendezvous("env://"))
-        # torchrun keeps its store after a restart. The prefix hides the dead ranks.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        wait = timedelta(hours=3)  # rank 0 evaluates and decodes meanwhile
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    # gloo sends the numbers of the host. No rank has to wait for its GPU then.
+    backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps its store after a restart. The prefix hides the dead ranks.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    wait = timedelta(hours=3)  # rank 0 evaluates and decodes meanwhile
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     if args.rank > 0:
         sys.stdout = io.StringIO()
 

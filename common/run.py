@@ -33,7 +33,8 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     try:
         recipe, args = parse_args(method, doc, recipes, preset)
         if args.evaluate is None and args.predict is None:
-            ranks.join(args)
+            if args.ranks > 1:
+                ranks.join(args)
             train(recipe, args)
             ranks.leave()
         elif args.rank == 0:  # one rank is enough
@@ -85,14 +86,8 @@ class Session:
 
     def restore(self) -> int:
         """Prepares the folder, the state and the signals. Returns the first iteration."""
-        checkpoint = self.args.checkpoint
-        if checkpoint is not None:
-            if checkpoint["class_names"] != list(self.data.class_names):
-                raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
-            for name, part in self.state.items():
-                part.load_state_dict(checkpoint["state"][name])
-            self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
-            self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
+        if self.args.checkpoint is not None:
+            self._load(self.args.checkpoint)
         if self.first:
             self._open_folder()
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -104,6 +99,14 @@ class Session:
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
         return self.start
+
+    def _load(self, checkpoint: dict) -> None:
+        if checkpoint["class_names"] != list(self.data.class_names):
+            raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
+        for name, part in self.state.items():
+            part.load_state_dict(checkpoint["state"][name])
+        self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+        self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
 
     def batches(self, indices: list[int], transform: Callable, *, stream: int, start: int):
         """Yields this rank's micro-batches from batch `start` on. Each stream has its own order."""

@@ -234,8 +234,7 @@ def test_jitter_and_blur_draw_for_each_image_from_the_seed_alone():
     assert len({changed.sum().item() for changed in first}) > 3
     assert first.shape == image.shape and first.min() >= 0 and first.max() <= 1
     never = classmix.Recipe(extra_augmentations=True, jitter_probability=0, blur_probability=0)
-    for recipe in (never, classmix.Recipe()):
-        assert torch.equal(classmix.jitter_and_blur(recipe)(3, image), image)
+    assert torch.equal(classmix.jitter_and_blur(never)(3, image), image)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
