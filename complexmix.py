@@ -93,7 +93,7 @@ from torch import Tensor, nn
 
 
 def draw_blocks(blocks: tuple[int, ...], seed: int, iteration: int) -> int:
-    """p of an iteration, one of blocks (section 3.1). It is the same on every rank."""
+    """p of an iteration, uniform over blocks, one for the whole batch (section 3.1)."""
     return random.Random(f"blocks/{seed}/{iteration}").choice(blocks)
 
 
