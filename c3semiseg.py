@@ -14,6 +14,7 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
 
     choice              paper               published code (1)  here            flag
     lambda_1 times      sum over K          mean over K         mean over K     --consistency-weight
+    lambda_1 ramps from step 0              end of warm-up      end of warm-up
     lambda_2            0.1                 0.15 in our units   0.15            --contrast-weight
     mean (eq. 1, 2)     over each image     over a group        over a group
     labeled keys, eq. 5 the teacher's       the student's       the student's
@@ -43,7 +44,7 @@ with --weights none; both networks then use the statistics of each batch.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
-The paper reports 63.23 +- 0.45% mIoU for this command (1/30: 55.17, 1/4: 65.50, 1/2: 69.53).
+The paper reports 63.23 +- 0.45% mIoU for this command (1/30: 55.17, 1/4: 65.50, full: 69.53).
 Measured on streets, student: 57.3% with 32 labels, supervised 54.0% (3 seeds; README.md, results/).
 """
 
@@ -92,7 +93,7 @@ class Recipe:
     operation_probability: Share = 0.5  # probability that a drawn operation is done (code)
     magnitude: float = 10.0  # mean magnitude of the operations, 0 to 10 (code)
     consistency_weight: float = 50.0  # lambda_1; the loss is also divided by K (code)
-    consistency_ramp: Count = 4_000  # steps in which lambda_1 ramps up, after the warm-up
+    consistency_ramp: Count = 4_000  # steps in which lambda_1 ramps up, after the warm-up (code)
     contrast_weight: float = 0.15  # lambda_2 in units of equation 5 (code); 0.1 in the paper
     contrast_ramp: Count = 250  # steps in which lambda_2 ramps up, from the start (code)
     contrast: Literal["both", "labeled", "unlabeled", "none"] = "both"  # sets in eq. 5 (table 4)
@@ -316,7 +317,7 @@ class ConfidentRegions(nn.Module):
         return self.confident(confidence, pseudo_label)
 
     def confident(self, confidence: Tensor, pseudo_label: Tensor) -> Tensor:
-        """Pixels that reach the threshold of their class; all pixels if keep is 1."""
+        """Pixels that reach the threshold of their class, or all if keep is 1: (B,H,W) bool."""
         if self.keep >= 1:
             return torch.ones_like(confidence, dtype=torch.bool)
         return confidence >= self.thresholds[pseudo_label.clamp(max=len(self.thresholds) - 1)]

@@ -138,7 +138,9 @@ CITYSCAPES = {0.125: 372, "0.125": 372, "1/8": 372, "1/30": 100, "1/4": 744, "1/
 SPLITS = [(2975, CITYSCAPES | {"1/16": 186}), (10582, {"1/20": 529, Fraction(1, 8): 1323})]
 
 
-@pytest.mark.parametrize(("num_images", "counts"), [*SPLITS, (367, {"30": 30, 30: 30, 1: 1})])
+@pytest.mark.parametrize(
+    ("num_images", "counts"), [*SPLITS, (100, {"1/8": 13}), (367, {"30": 30, 30: 30, 1: 1})]
+)
 def test_split_counts(num_images, counts):
     for labeled, count in counts.items():
         assert len(split(num_images, labeled, 0)[0]) == count
