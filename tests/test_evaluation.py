@@ -52,6 +52,8 @@ def test_evaluate_scores_a_perfect_network_and_keeps_modes(camvid):
     scores = evaluate(networks, data.train, 11, ARGS)
     assert scores["student"]["miou"] == 1.0 and scores["teacher"]["miou"] < 0.1
     assert networks["student"].training and not networks["teacher"].training
+    absent = evaluate({"student": Reader(13)}, data.train, 13, ARGS)["student"]  # two more classes
+    assert absent["miou"] == 1.0 and absent["iou"][11:] == [None, None]
     half = open_dataset("camvid", camvid, size=(24, 32), full_labels=True)
     assert 0.5 < evaluate(networks, half.val, 11, ARGS)["student"]["miou"] < 1
     lines = evaluation.iou_table(scores, data.class_names).splitlines()
