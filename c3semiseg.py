@@ -433,6 +433,7 @@ def color_view(recipe: Recipe, view: str, seed: int, image: Tensor) -> Tensor:
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
 
     def change(batch: Tensor) -> Tensor:
+        """Colours of uint8 images (B,3,H,W)."""
         images = [jitter(image) for image in batch]
         drawn = [draw_operations(recipe) if view == "strong" else [] for _ in images]
         for k, operations in enumerate(drawn):

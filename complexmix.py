@@ -12,9 +12,12 @@ drawn anew in each block. p, which sets the complexity, is drawn in each iterati
     complexmix_loss     equation 3, unlabeled term of equation 1
 
     choice             paper                 here                             flag
-    half of            all C, or a block's   all C: small blocks hold one     --classes present
+    half of which      all (section 3.1),    all; in a block of one class,    --classes present
+      classes          a block's (section 1) half of the present ones is none
+    p                  "each iteration"      uniform, one for a batch         --blocks
     confidence         "sufficiently high"   lambda: share of such pixels     --weighting pixel
-    warm-up            "initial training"    1000 steps; then the teacher     --warmup
+    warm-up            "initial training"    1000 of the 40000 steps          --warmup
+    teacher            -                     a copy until the warm-up's end   --ema-decay
     1/N (eq. 2, 3)     labeled examples      mean over images and pixels
 
 No code was published. What is not in the table is as in classmix.py.

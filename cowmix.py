@@ -428,7 +428,8 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
         return loss, {"mask": mask, **details}
 
     def combine(a: Tensor, b: Tensor) -> Tensor:
-        return mix(mask, b, a)  # mix(a, b, M) = (1 - M) a + M b (3.3)
+        """mix(a, b, M) = (1 - M) a + M b (3.3)."""
+        return mix(mask, b, a)
 
     valid = combine(valid_a, valid_b)
     loss, details = mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold)
