@@ -82,7 +82,7 @@ class Recipe:
     consistency_weight: float = 10.0  # factor of the unlabeled loss (4.1, figure 10)
     confidence_threshold: Share = 0.97  # least confidence that counts (listings 2 and 3)
     sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (figure 12)
-    p_range: tuple[Share, Share] = (0.5, 0.5)  # share of M = 0; boxes: their area (0 1 in presets)
+    p_range: tuple[Share, Share] = (0.5, 0.5)  # share of M = 0; area of boxes (0 1 unless cowmix)
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)
     translation: float = 4.0  # largest shift in aug, pixels (D.1)
