@@ -237,7 +237,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     transform = scale_crop_flip(**weak, mean=student.mean)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     first = max(start, recipe.warmup)
-    batches_u = session.batches(unlabeled, without_label(transform), stream=1, start=first)
+    batches_u = session.batches(unlabeled, partial(without_label, transform), stream=1, start=first)
     student = run.prepare(student, args, train=True)
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):

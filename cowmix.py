@@ -463,8 +463,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     mean = student.mean
     transform = scale_crop_flip(**weak, mean=mean)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
-    batches_a = session.batches(unlabeled, without_label(transform), stream=1, start=start)
-    batches_b = session.batches(unlabeled, without_label(transform), stream=2, start=start)
+    batches_a = session.batches(unlabeled, partial(without_label, transform), stream=1, start=start)
+    batches_b = session.batches(unlabeled, partial(without_label, transform), stream=2, start=start)
     student = run.prepare(student, args, train=True)
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):

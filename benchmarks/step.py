@@ -74,7 +74,7 @@ class TimedSession(run.Session):
             f"{args.precision}, compile {args.compile}\n"
             f"step: median {middle:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, "
             f"n = {len(seconds)}), {images / middle:.2f} images/s, "
-            f"peak memory {run.peak_memory(args.device):.2f} GiB"
+            f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
         )
 
 

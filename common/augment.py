@@ -40,12 +40,8 @@ def scale_crop_flip(
     return partial(seeded, v2.Compose(steps))
 
 
-def without_label(transform: Callable) -> Callable:
-    """The same transform with a padding mask for a label: 255 where it pads, 0 elsewhere."""
-    return partial(_hide_label, transform)
-
-
-def _hide_label(transform: Callable, seed: int, image: Tensor, label: Tensor):
+def without_label(transform: Callable, seed: int, image: Tensor, label: Tensor):
+    """Transforms an image. Its label becomes a padding mask: 255 where it is padded, else 0."""
     return transform(seed, image, torch.zeros_like(label))
 
 

@@ -56,23 +56,24 @@ class Images(Dataset):
         if folder is None:
             return
         sources = [path for pair in self.files for path in pair if path is not None]
-        place = folder / cache.key(folder, sources, (self.size, self.label_table.tolist()))
+        key = cache.key(folder, sources, (self.size, self.label_table.tolist()))
+        path = folder / f"{key}.npy"
         # More prefetching overflows the 64 MB of shared memory in a default container.
         items = loader(self, min(16, os.cpu_count() or 1), batch_size=None, prefetch_factor=1)
         try:
-            if build and not cache.is_sound(place):
-                cache.build(place, len(self), items)
+            if build and not cache.is_sound(path):
+                cache.build(path, len(self), items)
         except OSError as error:
-            if not cache.is_sound(place):  # else another run has built it
-                warn(f"no cache, training will be slower: cannot write {place} ({error})")
-        self.cache = place if cache.is_sound(place) else None
+            warn(f"no cache, training will be slower: cannot write {path} ({error})")
+        self.cache = path if cache.is_sound(path) else None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.cache is not None:
-            return tuple(map(torch.from_numpy, cache.read(self.cache, index)))
+            pixels = torch.from_numpy(cache.read(self.cache, index))
+            return pixels[:3], pixels[3]
         image_path, label_path = self.files[index]
         image = read_image(image_path)  # not turned as its EXIF says, because its label is not
         label = Image.new("L", image.size, VOID)
@@ -109,15 +110,14 @@ class Data:
 
 
 def open_dataset(name: str, data_dir, *, size=None, full_labels: bool = False) -> Data:
-    """Opens "streets" or a data set of common/layouts.py; images get this size (height, width)."""
-    if name != "streets":
-        return _open_files(name, Path(data_dir or f"data/{name}"), size, full_labels)
-    train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
-    return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
+    """Opens "streets" or a data set of common/layouts.py, and checks the header of every file.
 
-
-def _open_files(name: str, root: Path, size, full_labels: bool) -> Data:
-    """Checks the header of every file. full_labels keeps the labels of val and test as they are."""
+    Images get this size (height, width). full_labels keeps the labels of val and test as they are.
+    """
+    if name == "streets":
+        train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
+        return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
+    root = Path(data_dir or f"data/{name}")
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
     files, table, class_names, palette = layouts.FILES[name](root)

@@ -163,21 +163,16 @@ class Loaded(NamedTuple):
     unused: list[str]  # of the file, not in the network
 
     def __str__(self) -> str:
-        missing = f"; {len(self.missing)} missing ({self.missing[0]}, ...)" if self.missing else ""
-        unused = f"; {len(self.unused)} unused ({self.unused[0]}, ...)" if self.unused else ""
-        return f"{self.format}, {len(self.matched)} tensors matched{missing}{unused}"
+        left = {"missing": self.missing, "unused": self.unused}.items()
+        left = [f"{len(names)} {kind} ({names[0]}, ...)" for kind, names in left if names]
+        return "; ".join([f"{self.format}, {len(self.matched)} tensors matched", *left])
 
 
 def load_weights(model: SegmentationResNet, source) -> Loaded:
     """Loads "imagenet" (torchvision) or a file of one of FORMATS. "none" loads nothing."""
     if str(source) == "none":
         return Loaded("none (Kaiming initialisation; batch statistics, trained affine)", [], [], [])
-    return _load(model, str(source))
-
-
-def _load(model: SegmentationResNet, source: str) -> Loaded:
-    """Renames the tensors as the network has them, checks the backbone and loads them."""
-    state, network = _read(source, model.imagenet)
+    state, network = _read(str(source), model.imagenet)
     state = {re.sub(r"\b(module|_orig_mod)\.", "", key): state[key] for key in state}
     fitting = [f for f in FORMATS if any(re.fullmatch(f[1], key) for key in state)]
     name, _, head, expects = fitting[0]

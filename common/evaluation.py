@@ -120,8 +120,8 @@ def _tile(values: Tensor, palette: Sequence) -> Tensor:
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
-    num_classes = len(args.checkpoint["class_names"])
-    loaded = network(recipe, num_classes, pretrained=args.weights != "none")
+    classes = args.checkpoint["class_names"]
+    loaded = network(recipe, len(classes), pretrained=args.weights != "none")
     try:
         loaded.load_state_dict(args.checkpoint["state"][name])
     except RuntimeError as error:
@@ -131,15 +131,14 @@ def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.M
 
 def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
     """Prints the IoU of a checkpoint's student and teacher (--evaluate)."""
-    full, known = args.full_resolution, args.checkpoint["class_names"]
-    data = open_dataset(args.dataset, args.data_dir, size=recipe.size, full_labels=full)
-    if known != list(data.class_names):
-        text = f"trained on {len(known)} classes that {args.dataset} does not have"
-        raise InputError(f"--evaluate: {text}: {', '.join(known)}")
+    full, size = args.full_resolution, recipe.size
+    data = open_dataset(args.dataset, args.data_dir, size=size, full_labels=full)
+    if (known := args.checkpoint["class_names"]) != list(data.class_names):
+        raise InputError(f"--evaluate: trained on other classes: {', '.join(known)}")
     networks = {n: _load_network(recipe, args, network, n) for n in ("student", "teacher")}
     part, images = data.scored(args.evaluate_split)
     scores = evaluate(networks, images, data.num_classes, args)
-    size = "their own size" if full or recipe.size is None else "{}x{}".format(*recipe.size)
+    size = "their own size" if full or size is None else "{}x{}".format(*size)
     print(f"{len(images)} {part} images, labels at {size}")
     print(iou_table(scores, data.class_names))
 

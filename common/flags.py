@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 
-from common import InputError, warn
+from common import InputError
 from common.datasets import DEFAULTS
 
 # The type of a field says which numbers its flag accepts.
@@ -38,14 +38,14 @@ class Settings:  # the flags that all methods share; the comments are their help
     seed: Seed = 0  # seed of weights, batches and masks
     device: str | None = None  # torch device (default: cuda if available, else cpu)
     precision: Literal["bf16", "fp32"] | None = None  # number format (default: bf16 on CUDA)
-    compile: bool | None = None  # compile the networks (default: on CUDA)
+    compile: bool | None = None  # compile the networks (default: on CUDA with a C compiler)
     accumulate: Count = 1  # split a batch into N micro-batches
     workers: int | None = None  # number of loader processes
     output_dir: str | None = None  # folder of the run (default: runs/<method>_<dataset>_...)
     eval_every: Count | None = None  # evaluate every N steps (default: 8 times in all)
     save_every: Count | None = None  # save every N steps (default: 40 times in all)
     tensorboard: bool = False  # also write TensorBoard event files
-    resume: str | None = None  # continue this last.pt; auto: the newest one, if any
+    resume: str | None = None  # continue this last.pt; auto: that of the run's folder, if any
     evaluate: str | None = None  # print the IoU of the networks in this last.pt, and end
     predict: tuple[str, ...] | None = None  # a last.pt, then pictures: label them, and end
     full_resolution: bool = False  # with --evaluate: keep the labels at their own size
@@ -65,18 +65,17 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     dataset = given.get("dataset", "streets")
     recipe = recipes[dataset] if preset is None else preset(dataset, given)
     values = {**vars(Settings()), **DEFAULTS[dataset], **vars(recipe), "checkpoint": None}
-    folders = [Path(given.get("output_dir", ""))]
-    if "output_dir" not in given:
-        folders = _folders(method, values | vars(recipes[dataset]), vars(recipe), given)
+    folder = _folder(method, values | vars(recipes[dataset]), vars(recipe), given)
     path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
     if path == "auto":
-        path = next((f / "last.pt" for f in folders[::-1] if (f / "last.pt").exists()), None)
-    folder = folders[-1] if path is None or "output_dir" in given else Path(path).parent
+        path = folder / "last.pt" if (folder / "last.pt").exists() else None
     if path is not None:
         values = _stored(read_checkpoint(Path(path), method), values, given)
+        folder = Path(given.get("output_dir", Path(path).parent))
     last = folder / "last.pt"
     if last.exists() and (path is None or not last.samefile(path)):
-        raise InputError(f"--output-dir {folder}: holds a run; add --resume auto to continue it")
+        hint = "add --resume auto to continue it, or choose another --output-dir"
+        raise InputError(f"{last}: a run that exists already; {hint}")
     if "size" in given and values["size"] is None and "crop" not in given:
         given = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,), **given}  # no crop
     values |= {name: given[name] for name in values if name in given} | {"output_dir": folder}
@@ -123,10 +122,7 @@ def _complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.precision is None:
         args.precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if args.compile is None:  # Triton builds its launchers with a C compiler
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        args.compile = cuda and compiler is not None
-        if cuda and not args.compile:
-            warn("no C compiler found: networks run uncompiled (slower)")
+        args.compile = cuda and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     if args.workers is None:
         args.workers = 0 if args.dataset == "streets" else min(8, os.cpu_count() or 1)
     return args
@@ -176,19 +172,18 @@ def _options(kind) -> dict:
     return {"type": number, "metavar": "N"}
 
 
-def _folders(method: str, defaults: dict, recipe: dict, given: dict) -> list[Path]:
-    """Returns NAME, NAME-2, ... up to the first folder that does not exist."""
+def _folder(method: str, defaults: dict, recipe: dict, given: dict) -> Path:
+    """Returns --output-dir or, by default, a name that tells what differs from the defaults."""
     chosen = {**defaults, **given}
+    if chosen["output_dir"] is not None:
+        return Path(chosen["output_dir"])
     labeled = Path(chosen["labeled_list"] or chosen["labeled"].replace("/", "-")).name
     parts = [method, chosen["dataset"], labeled, f"s{chosen['seed']}"]
     for name in ("split_seed", "weights", "supervised", *recipe):
         if chosen[name] != defaults[name]:
             text = Path(str(chosen[name])).name.strip("(,)").replace(", ", "x")
             parts.append(f"{name.replace('_', '-')}-{text}".removesuffix("-True"))
-    folders = [Path("runs") / "_".join(parts)[:200]]  # file systems allow 255 bytes
-    while folders[-1].exists():
-        folders.append(Path(f"{folders[0]}-{len(folders) + 1}"))
-    return folders
+    return Path("runs") / "_".join(parts)[:200]  # file systems allow 255 bytes
 
 
 def read_checkpoint(path: Path, method: str) -> dict:

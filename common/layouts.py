@@ -15,7 +15,6 @@ from common import InputError, warn
 
 VOID = 255
 INVALID = 254  # in a table: an id that the data set does not have
-VOC_MASKS = 2913  # official masks of VOC 2012; a folder with more holds the augmented set
 IMAGE = r"\.(jpe?g|png|bmp|tiff?|webp)"  # the end of an image's file name
 # Published number of images in each part.
 COUNTS = {
@@ -41,12 +40,12 @@ def _cityscapes_files(root: Path):
         root, "cityscapes", "leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images"
     )
     labels = _find(root, "cityscapes", "gtFine", "gtFine_trainvaltest/gtFine", "segmentation")
-    endings = ("_gtFine.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png")
-    ending = max(endings, key=lambda ending: len(_by_stem(labels, re.escape(ending))))
+    endings = (r"_gtFine\.png", r"_gtFine_labelTrainIds\.png", r"_gtFine_labelIds\.png")
+    ending = max(endings, key=lambda ending: len(_by_stem(labels, ending)))
     image = r"(_leftImg8bit)?\.png" if images.name == "images" else r"_leftImg8bit\.png"
     files = {part: _pairs(images / part, labels / part, image, ending) for part in ("train", "val")}
     table = _table(range(19))
-    if ending == "_gtFine_labelIds.png":
+    if ending == endings[2]:
         table = _table([c.train_id for c in Cityscapes.classes if c.id >= 0])
         table[VOID] = INVALID  # 255 is no label id: this file holds training ids
     return files, table, CITYSCAPES.keys(), CITYSCAPES.values()
@@ -63,12 +62,9 @@ def _voc_files(root: Path):
     augmented = _by_stem(voc / "SegmentationClassAug", r"\.png")
     sbd = [above / "benchmark_RELEASE/dataset/cls" for above in (voc, *voc.parents[:2])]
     mats = {stem: path for folder in sbd for stem, path in _by_stem(folder, r"\.mat").items()}
-    if not mats and not augmented and len(official) <= VOC_MASKS:
-        tried = ", ".join(map(str, [voc / "SegmentationClassAug", *sbd]))
-        raise InputError(f"{voc}: {len(official)} masks, but none of SBD's; tried {tried}")
     masks, val = augmented | official, _listed(voc, "val")
-    if val is None:
-        raise InputError(f"{voc / 'ImageSets/Segmentation/val.txt'}: no such file")
+    if not val:
+        raise InputError(f"{voc / 'ImageSets/Segmentation/val.txt'}: no such file, or an empty one")
     train = (_listed(voc, "train_aug", "trainaug") or mats.keys() | masks.keys()) - val
     files = {}
     for part, names, label_of in (("train", train, mats | masks), ("val", val, masks)):
@@ -78,31 +74,19 @@ def _voc_files(root: Path):
     return files, _table(range(21)), VOC.split(), voc_palette(21)
 
 
-def _listed(voc: Path, *names: str) -> set[str] | None:
-    """Returns the image ids in the first of these lists. A line may hold paths instead."""
-    for name in names:
-        for path in sorted(voc.glob(f"ImageSets/Segmentation*/{name}.txt")):
-            lines = read_lines(path)
-            if not lines:
-                raise InputError(f"{path}: lists no image")
-            return {Path(line.split()[0]).stem for line in lines}
-    return None
+def _listed(voc: Path, *names: str) -> set[str]:
+    """Returns the image ids in the first list of these names. A line may hold paths instead."""
+    lists = [voc.glob(f"ImageSets/Segmentation*/{name}.txt") for name in names]
+    path = next((path for paths in lists for path in sorted(paths)), None)
+    return {Path(line.split()[0]).stem for line in read_lines(path)} if path else set()
 
 
 def _bdd100k_files(root: Path):
     """Finds images/10k and labels/sem_seg/masks, or the older images and labels."""
     images = _find(root, "bdd100k", "images/10k", "images", "seg/images")
     labels = _find(root, "bdd100k", "labels/sem_seg/masks", "labels", "seg/labels")
-    files = {}
-    for part in ("train", "val"):
-        image_of = _by_stem(images / part, IMAGE)
-        label_of = _by_stem(labels / part, r"(_train_id)?\.png")
-        both = image_of.keys() & label_of.keys()
-        files[part] = {name: (image_of[name], label_of[name]) for name in both}
-        for path_of, kind in ((image_of, "mask"), (label_of, "image")):
-            if alone := sorted(path_of.keys() - both):
-                example = path_of[alone[0]]
-                warn(f"{len(alone)} files without their {kind} are left out, for example {example}")
+    endings = {"label": r"(_train_id)?\.png", "leave_out": True}
+    files = {part: _pairs(images / part, labels / part, **endings) for part in ("train", "val")}
     return files, _table(range(19)), CITYSCAPES.keys(), CITYSCAPES.values()
 
 
@@ -122,7 +106,7 @@ def _folder_files(root: Path):
     if not 2 <= len(names) < INVALID:
         raise InputError(f"{listed}: {len(names)} classes; list 2 to 253, one a line, id 0 first")
     images, labels = root / "images", root / "labels"
-    train = _pairs(images / "train", labels / "train", unlabeled=True)
+    train = _pairs(images / "train", labels / "train", keep=True)
     files = {"train": train, "val": _pairs(images / "val", labels / "val")}
     return files, _table(range(len(names))), names, voc_palette(len(names) + 1)[1:]
 
@@ -151,16 +135,20 @@ def _find(root: Path, inside: str, *places: str, child: str = "train") -> Path:
     raise InputError(f"{tried[0]}: no such folder; also tried {', '.join(map(str, tried[1:]))}")
 
 
-def _pairs(images: Path, labels: Path, image_ending=IMAGE, label_ending=".png", unlabeled=False):
-    """Returns {name without ending: (image, label)}. With unlabeled=True a label may be None."""
-    image_of = _by_stem(images, image_ending)
-    label_of = _by_stem(labels, re.escape(label_ending))
-    for name in sorted(label_of.keys() - image_of.keys()):
-        raise InputError(f"{label_of[name]}: no image of the same name in {images}")
-    for name in sorted(image_of.keys() - label_of.keys()):
-        if not unlabeled:
-            raise InputError(f"{image_of[name]}: no label {labels / name}{label_ending}")
-    return {name: (path, label_of.get(name)) for name, path in image_of.items()}
+def _pairs(images: Path, labels: Path, image=IMAGE, label=r"\.png", *, keep=False, leave_out=False):
+    """Returns {name: (image, label)} of files whose names differ only in these endings.
+
+    keep: an image may have no label. leave_out: warns of files that have no partner.
+    """
+    image_of, label_of = _by_stem(images, image), _by_stem(labels, label)
+    names = image_of.keys() if keep else image_of.keys() & label_of.keys()
+    for path_of, kind, folder in ((image_of, "label", labels), (label_of, "image", images)):
+        if alone := sorted(path_of.keys() - names):
+            text = f"{path_of[alone[0]]}: no {kind} in {folder} ({len(alone)} such files)"
+            if not leave_out:
+                raise InputError(text)
+            warn(f"{text}, left out")
+    return {name: (image_of[name], label_of.get(name)) for name in names}
 
 
 def _by_stem(folder: Path, ending: str) -> dict[str, Path]:

@@ -36,8 +36,6 @@ def leave() -> None:
     """Ends all ranks together. torchrun stops the others when one ends with an error."""
     if dist.is_initialized():
         all_max(0)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
         dist.destroy_process_group()
 
 
@@ -70,8 +68,7 @@ def check_batch_size(batch_size: int, args, *, accumulate: int, least: int) -> N
     if batch_size % count:
         raise InputError(f"--batch-size {batch_size}: cannot be split into {count} micro-batches")
     if batch_size < least * count and not args.supervised:
-        need = f"mixing needs at least {least} unlabeled images in each micro-batch"
-        raise InputError(f"--batch-size {batch_size}: {need}")
+        raise InputError(f"--batch-size {batch_size}: each micro-batch needs {least} images to mix")
 
 
 def step_seed(seed: int, iteration: int, micro_batch: int, purpose: str) -> int:

@@ -86,8 +86,13 @@ class Session:
 
     def restore(self) -> int:
         """Prepares the folder, the state and the signals. Returns the first iteration."""
-        if self.args.checkpoint is not None:
-            self._load(self.args.checkpoint)
+        if checkpoint := self.args.checkpoint:
+            if checkpoint["class_names"] != list(self.data.class_names):
+                raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
+            for name, part in self.state.items():
+                part.load_state_dict(checkpoint["state"][name])
+            self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+            self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
         if self.first:
             self._open_folder()
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -99,14 +104,6 @@ class Session:
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
         return self.start
-
-    def _load(self, checkpoint: dict) -> None:
-        if checkpoint["class_names"] != list(self.data.class_names):
-            raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
-        for name, part in self.state.items():
-            part.load_state_dict(checkpoint["state"][name])
-        self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
-        self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
 
     def batches(self, indices: list[int], transform: Callable, *, stream: int, start: int):
         """Yields this rank's micro-batches from batch `start` on. Each stream has its own order."""
@@ -130,19 +127,15 @@ class Session:
         saving = evaluating or number or done % self.save_every == 0
         if logging or saving:
             self._log_means(done, logging)
-        if evaluating and done < last and self.first:
-            self._save(done)  # a second signal may kill the evaluation
         if evaluating and self.first:
             self._evaluate(done, pictures)
         if saving and self.first:
             self._save(done)
         if number and done < last:
-            count = os.environ.get("LOCAL_WORLD_SIZE")
-            launcher = f"torchrun --nproc-per-node {count}" if count else "python"
-            script, path = f"{self.args.method}.py", shlex.quote(str(self.folder / "last.pt"))
-            stopped = f"{script}: stopped by {signal.Signals(number).name} after iteration {done}"
             if self.first:
-                print(f"{stopped}; go on with {launcher} {script} --resume {path}", file=sys.stderr)
+                stopped = f"stopped by {signal.Signals(number).name} after iteration {done}"
+                how = f"continue with --resume {shlex.quote(str(self.folder / 'last.pt'))}"
+                print(f"{self.args.method}.py: {stopped}; {how}", file=sys.stderr)
             ranks.leave()
             sys.exit(128 + number)
 
@@ -182,11 +175,10 @@ class Session:
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
         print(f"data: {counts} of {len(self.data.train)} training images, {scored}")
-        print(f"device: {args.device}, {args.precision}, compile {args.compile}")
-        if self.start:
-            finished = self.start >= self.recipe.iterations
-            print("finished already" if finished else f"resumed at iteration {self.start}")
-        print(f"output in {self.folder}", flush=True)
+        compiled = "compiled" if args.compile else "not compiled"
+        print(f"device: {args.device}, {args.precision}, networks {compiled}")
+        resumed = f", resumed after iteration {self.start}" if self.start else ""
+        print(f"output in {self.folder}{resumed}", flush=True)
 
     def _log_means(self, done: int, logging: bool) -> None:
         """Takes means over all ranks and refuses what is not finite. Logs if it is time to."""
@@ -196,48 +188,36 @@ class Session:
         weights = torch.stack([p.detach().sum() for p in self.networks["student"].parameters()])
         if not math.isfinite(sum(means.values()) + weights.sum().item()):
             kept = f"the last good checkpoint, if any, is {self.folder / 'last.pt'}"
-            raise InputError(
-                f"a loss or weight is not finite at iteration {done} ({kept}); lower --lr?"
-            )
+            raise InputError(f"a loss or weight is not finite at step {done} ({kept}); lower --lr?")
         now = time.perf_counter()  # item() has waited for the device
         self.seconds, self.clock = self.seconds + now - self.clock, now
         if logging:
             lr, self.sums = self.state["optimizer"].param_groups[0]["lr"], {}
-            rate, memory = done / self.seconds, peak_memory(self.args.device)
-            left = (self.recipe.iterations - done) / rate / 60
-            speed = f"{rate:.2f} steps/s  {left:.0f} min left  {memory:.2f} GiB"
-            self._append(done, {**means, "lr": lr, "seconds": round(self.seconds, 2)}, speed)
+            minutes = (self.recipe.iterations - done) * self.seconds / done / 60
+            speed = f"{done / self.seconds:.2f} steps/s  {minutes:.0f} min left"
+            if self.first:
+                self._append(done, {**means, "lr": lr, "seconds": round(self.seconds, 2)}, speed)
 
     def _append(self, done: int, entry: dict, note: str) -> None:
         """Writes an entry to log.jsonl, to TensorBoard and, with the note, to stdout."""
-        if not self.first:
-            return
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": done, **entry}) + "\n")
-        shown = {k: v["miou"] if isinstance(v, dict) else v for k, v in entry.items()}
+        shown = {k: 100 * v["miou"] if isinstance(v, dict) else v for k, v in entry.items()}
         for name, value in shown.items() if self.board else ():
             self.board.add_scalar(name, value, done)
-        for name in shown:
-            percent = isinstance(entry[name], dict)
-            shown[name] = f"{100 * shown[name]:.2f}%" if percent else f"{shown[name]:.6g}"
-        values = "  ".join(f"{name} {text}" for name, text in shown.items())
+        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         print(f"[{done}/{self.recipe.iterations}] {values}  {note}", flush=True)
 
     def _evaluate(self, done: int, pictures: dict[str, Tensor]) -> None:
         scores = evaluation.evaluate(self.networks, self.images, self.data.num_classes, self.args)
         self.miou = scores[self.headline]["miou"]
-        self._append(done, scores, f"mIoU on {len(self.images)} {self.part} images")
+        self._append(done, scores, f"% mIoU on {len(self.images)} {self.part} images")
         pictures = {**pictures, "prediction": pictures["prediction"].argmax(1)}
         path = self.folder / f"samples/{done:06d}.png"
         evaluation.save_samples(path, pictures, self.data.palette)
         self.clock = time.perf_counter()  # the seconds of a run are those of its training
         if done < self.recipe.iterations:
             return
-        entries = [json.loads(line) for line in (self.folder / "log.jsonl").open()]
-        best = {}  # picked on the images that are scored: for comparison only
-        for name in scores:
-            miou, iteration = max((e[name]["miou"], e["iteration"]) for e in entries if name in e)
-            best[name] = {"iteration": iteration, "miou": miou}
         result = {
             **{name: vars(self.args)[name] for name in ("method", "dataset", "supervised", "seed")},
             "labeled": len(self.names),
@@ -245,10 +225,9 @@ class Session:
             "evaluated": self.part,
             **self.named,
             **scores,
-            "best": best,
             "seconds": round(self.seconds, 1),
             "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
-            "peak_memory_gib": round(peak_memory(self.args.device), 2),
+            "gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
         }
         (self.folder / "result.json").write_text(json.dumps(result, indent=1))
         print(evaluation.iou_table(scores, self.data.class_names))
@@ -277,15 +256,3 @@ class Session:
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             partial.unlink(missing_ok=True)
             raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB that CUDA's allocator or this process held at most; 0 on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

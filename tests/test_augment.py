@@ -20,7 +20,7 @@ def test_crop_pads_with_mean_and_void_and_moves_both_alike():
         assert image[:, void].unique(dim=1).tolist() == [[26], [128], [204]]
         inner = label[~void].view(4, 3).long()
         flipped += int(inner[0, 0] > inner[0, 1])
-        hidden_image, padding = without_label(transform)(seed, IMAGE, LABEL)
+        hidden_image, padding = without_label(transform, seed, IMAGE, LABEL)
         assert torch.equal(hidden_image, image) and torch.equal(padding, 255 * void.byte())
     assert 10 < flipped < 30 and torch.equal(torch.random.get_rng_state(), state)
     same, _ = scale_crop_flip(crop=None, flip=False, mean=MEAN)(0, IMAGE, LABEL)

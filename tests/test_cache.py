@@ -115,22 +115,24 @@ def test_where_a_cache_cannot_be_written_files_are_read_directly(tree, capsys, f
 
 
 def items(before=lambda: None):
-    """Three pairs of image and label, and what happens before each of them."""
+    """Yields three pairs of image and label, and calls before() first each time."""
     for k in range(3):
         before()
         yield np.full((3, 4, 6), k + 1, np.uint8), np.full((4, 6), 2 * k + 2, np.uint8)
 
 
 def holds_items(place):
-    np.testing.assert_equal([tuple(cache.read(place, k)) for k in range(3)], [*items()])
+    wanted = [np.concatenate((image, label[None])) for image, label in items()]
+    np.testing.assert_equal([cache.read(place, k) for k in range(3)], wanted)
 
 
-@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
-@pytest.mark.parametrize("length", [0, 60, 150, None])
-def test_a_damaged_cache_is_told_and_replaced(tmp_path, name, length):
-    place = tmp_path / "cache/key"
+@pytest.mark.parametrize("length", [0, 60, 150, 415])  # 128 bytes of header, 288 of pixels
+def test_a_damaged_cache_is_told_and_replaced(tmp_path, length):
+    place = tmp_path / "cache/key.npy"
+    assert not cache.is_sound(place)
     cache.build(place, 3, items())
-    (place / name).unlink() if length is None else os.truncate(place / name, length)
+    assert place.stat().st_size == 416
+    os.truncate(place, length)
     assert not cache.is_sound(place)
     cache.build(place, 3, items())
     assert cache.is_sound(place) and list(place.parent.iterdir()) == [place]
@@ -148,7 +150,7 @@ def test_two_builders_at_once_both_end_with_a_sound_cache(tmp_path, moment):
             cache.build(place, 3, items())
             holds_items(place)
 
-    began, place = [], tmp_path / "cache/key"
+    began, place = [], tmp_path / "cache/key.npy"
     cache.build(place, 3, items(build_too))
     holds_items(place)
     assert list(place.parent.iterdir()) == [place]
@@ -176,7 +178,7 @@ def test_a_build_that_ends_early_leaves_no_process_and_no_cache(tree, number):
     process, workers = start("-c", SLOW, *flags), []
     while not workers and process.poll() is None:
         time.sleep(0.05)
-        if any(path.stat().st_size for path in tree.rglob("images.npy")):
+        if any(path.stat().st_size for path in tree.glob(".cache*/train/*")):
             workers = [Path("/proc") / str(child) for child in children(process)]
     process.send_signal(number)
     status, _, errors = finish(process)
