@@ -21,7 +21,7 @@ def test_step_times_a_method_without_its_data(command, tmp_path, monkeypatch, me
     assert (status, err) == (0, "")
     images = {"classmix": 4, "complexmix": 4, "cowmix": 3, "c3semiseg": 4}[method]
     assert f"{method}, cityscapes: {images} images of 64x128 a step" in out
-    assert "n = 2" in out and "peak memory" in out
+    assert "n = 2" in out and "GiB" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -131,14 +131,14 @@ def test_a_run_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
         patch.setattr(import_module(method), "train", train)
         status, _, errors = command(method, *flags, "--output-dir", parts)
     last = parts / "last.pt"
-    line = f"{method}.py: stopped by SIGTERM after iteration 5; go on with python {method}.py"
-    assert (status, errors) == (143, f"{line} --resume {last}\n")
+    line = f"{method}.py: stopped by SIGTERM after iteration 5; continue with --resume {last}\n"
+    assert (status, errors) == (143, line)
     code = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import conftest, {method}\n"
     code += f"{method}.train = conftest.stopping_train({method!r}, 11, {signal.SIGKILL})\n"
     status, printed, _ = finish(start("-c", f"{code}{method}.main()", "--resume", last))
-    assert status == -signal.SIGKILL and "resumed at iteration 5" in printed
+    assert status == -signal.SIGKILL and "resumed after iteration 5" in printed
     assert read_log(parts)[-1]["iteration"] == 10 and not (parts / "result.json").exists()
     status, printed, _ = command(method, *flags, "--resume", "auto", "--output-dir", parts)
-    assert status == 0 and "resumed at iteration 8" in printed
+    assert status == 0 and "resumed after iteration 8" in printed
     same_state(whole, parts)
     assert read_log(whole) == read_log(parts) and (parts / "result.json").exists()

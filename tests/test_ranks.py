@@ -62,11 +62,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(command, camvid, tmp_pa
     assert command("classmix", *flags, whole, "--accumulate", 2)[0] == 0
     status, _, errors = finish(process)
     (line,) = [line for line in problems(errors) if line.startswith("classmix.py: ")]
-    go_on = f"torchrun --nproc-per-node 2 classmix.py --resume '{parts}/last.pt'"
-    assert line == f"classmix.py: stopped by SIGTERM after iteration 13; go on with {go_on}"
+    resume = f"--resume '{parts}/last.pt'"
+    assert line == f"classmix.py: stopped by SIGTERM after iteration 13; continue with {resume}"
     assert status != 0 and not (parts / "result.json").exists()
-    status, printed, errors = finish(start(*shlex.split(go_on)[3:], ranks=2))
-    assert status == 0 and "resumed at iteration 13" in printed, errors
+    status, printed, errors = finish(start("classmix.py", *shlex.split(resume), ranks=2))
+    assert status == 0 and "resumed after iteration 13" in printed, errors
     assert [entry["iteration"] for entry in losses(parts)] == [10, 20]
     equal_to_float_tolerance(whole, parts)
 
@@ -82,7 +82,7 @@ def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(camvid, tmp_path):
         time.sleep(0.05)
     os.kill(children(process)[-1], signal.SIGKILL)
     status, printed, errors = finish(process)
-    assert status == 0 and "resumed at iteration" in printed, errors
+    assert status == 0 and "resumed after iteration" in printed, errors
     assert (folder / "result.json").exists()
     assert [entry["iteration"] for entry in losses(folder)] == list(range(10, 81, 10))
 
@@ -96,7 +96,7 @@ def test_micro_batches_of_all_ranks(monkeypatch):
 
     check("--batch-size", "4")
     check("--batch-size", "2", "--supervised")
-    with pytest.raises(InputError, match="--batch-size 2: mixing needs at least 2 unlabeled"):
+    with pytest.raises(InputError, match="--batch-size 2: each micro-batch needs 2 images"):
         check("--batch-size", "2")
     with pytest.raises(InputError, match="--batch-size 6: cannot be split into 4 micro-batches"):
         check("--batch-size", "6", "--accumulate", "2")
