@@ -110,14 +110,15 @@ class Data:
 
 
 def open_dataset(name: str, data_dir, *, size=None, full_labels: bool = False) -> Data:
-    """Opens "streets" or a data set of common/layouts.py, and checks the header of every file.
+    """Opens "streets" or a data set of common/layouts.py; images get this size (height, width)."""
+    if name != "streets":
+        return _open_files(name, Path(data_dir or f"data/{name}"), size, full_labels)
+    train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
+    return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
 
-    Images get this size (height, width). full_labels keeps the labels of val and test as they are.
-    """
-    if name == "streets":
-        train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
-        return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
-    root = Path(data_dir or f"data/{name}")
+
+def _open_files(name: str, root: Path, size, full_labels: bool) -> Data:
+    """Checks the header of every file. full_labels keeps the labels of val and test as they are."""
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
     files, table, class_names, palette = layouts.FILES[name](root)

@@ -172,7 +172,12 @@ def load_weights(model: SegmentationResNet, source) -> Loaded:
     """Loads "imagenet" (torchvision) or a file of one of FORMATS. "none" loads nothing."""
     if str(source) == "none":
         return Loaded("none (Kaiming initialisation; batch statistics, trained affine)", [], [], [])
-    state, network = _read(str(source), model.imagenet)
+    return _load(model, str(source))
+
+
+def _load(model: SegmentationResNet, source: str) -> Loaded:
+    """Renames the tensors as the network has them, checks the backbone and loads them."""
+    state, network = _read(source, model.imagenet)
     state = {re.sub(r"\b(module|_orig_mod)\.", "", key): state[key] for key in state}
     fitting = [f for f in FORMATS if any(re.fullmatch(f[1], key) for key in state)]
     name, _, head, expects = fitting[0]
@@ -201,9 +206,7 @@ def _read(source: str, imagenet) -> tuple[dict[str, Tensor], str]:
             return imagenet.get_state_dict(progress=True, check_hash=True), ""
         content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # nearly any type: no connection, a full disk, a foreign file
-        why = error if isinstance(error, OSError) else "not a file of tensors as torch.save writes"
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"it holds a pickled {found[1]}, not only tensors: save the state_dict() alone"
+        why = error if isinstance(error, OSError) else "damaged, or more than a state_dict()"
         if source == "imagenet":
             why = f"{imagenet.url}: {error}; or put this file in {torch.hub.get_dir()}/checkpoints"
         raise InputError(f"--weights {source}: {why}; --weights none needs no file") from error

@@ -104,8 +104,8 @@ def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence) -> N
     sheet = ImageOps.scale(sheet, max(1, 256 // tiles[0].shape[2]), Image.Resampling.NEAREST)
     sheet = ImageOps.expand(sheet, (0, 14, 0, 0), "white")
     for k, name in enumerate(columns):
-        corner = (k * sheet.width / len(columns) + 2, 0)
-        ImageDraw.Draw(sheet).text(corner, name.replace("_", " "), "black")
+        left = k * sheet.width / len(columns) + 2
+        ImageDraw.Draw(sheet).text((left, 0), name.replace("_", " "), "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

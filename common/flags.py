@@ -1,7 +1,6 @@
 """The command line: each field of Settings and of a method's Recipe is a flag."""
 
 import argparse
-import importlib.util
 import inspect
 import math
 import os
@@ -44,18 +43,13 @@ class Settings:  # the flags that all methods share; the comments are their help
     output_dir: str | None = None  # folder of the run (default: runs/<method>_<dataset>_...)
     eval_every: Count | None = None  # evaluate every N steps (default: 8 times in all)
     save_every: Count | None = None  # save every N steps (default: 40 times in all)
-    tensorboard: bool = False  # also write TensorBoard event files
+    tensorboard: bool = False  # also write TensorBoard's files (pip install tensorboard)
     resume: str | None = None  # continue this last.pt; auto: that of the run's folder, if any
     evaluate: str | None = None  # print the IoU of the networks in this last.pt, and end
     predict: tuple[str, ...] | None = None  # a last.pt, then pictures: label them, and end
     full_resolution: bool = False  # with --evaluate: keep the labels at their own size
     evaluate_split: Literal["val", "test"] | None = None  # images to score (default: test if any)
     out: str = "predictions"  # folder for the results of --predict
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see --help)")
 
 
 def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
@@ -65,7 +59,8 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     dataset = given.get("dataset", "streets")
     recipe = recipes[dataset] if preset is None else preset(dataset, given)
     values = {**vars(Settings()), **DEFAULTS[dataset], **vars(recipe), "checkpoint": None}
-    folder = _folder(method, values | vars(recipes[dataset]), vars(recipe), given)
+    defaults = values | vars(recipes[dataset])
+    folder = Path(given.get("output_dir") or _folder(method, defaults, vars(recipe), given))
     path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
     if path == "auto":
         path = folder / "last.pt" if (folder / "last.pt").exists() else None
@@ -74,8 +69,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
         folder = Path(given.get("output_dir", Path(path).parent))
     last = folder / "last.pt"
     if last.exists() and (path is None or not last.samefile(path)):
-        hint = "add --resume auto to continue it, or choose another --output-dir"
-        raise InputError(f"{last}: a run that exists already; {hint}")
+        raise InputError(f"{last} exists: --resume auto continues it, --output-dir starts another")
     if "size" in given and values["size"] is None and "crop" not in given:
         given = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,), **given}  # no crop
     values |= {name: given[name] for name in values if name in given} | {"output_dir": folder}
@@ -104,10 +98,6 @@ def _stored(checkpoint: dict, values: dict, given: dict) -> dict:
 
 def _complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fills in what depends on another setting, on the machine or on torchrun."""
-    if args.full_resolution and args.evaluate is None:
-        raise InputError("--full-resolution: only goes with --evaluate")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard: pip install tensorboard first")
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
     args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,7 +120,8 @@ def _complete(args: argparse.Namespace) -> argparse.Namespace:
 
 def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     """Returns a parser whose flags are None unless they are given."""
-    parser = _Parser(f"{method}.py", description=doc.split("\n\n")[0], allow_abbrev=False)
+    about = {"description": doc.split("\n\n")[0], "usage": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(f"{method}.py", **about, allow_abbrev=False)
     recipe = parser.add_argument_group("recipe", "numbers in parentheses: sections of the paper")
     sets = dict.fromkeys(("labeled", "labeled_list"), parser.add_mutually_exclusive_group())
     sets |= dict.fromkeys(("resume", "evaluate", "predict"), parser.add_mutually_exclusive_group())
@@ -173,10 +164,8 @@ def _options(kind) -> dict:
 
 
 def _folder(method: str, defaults: dict, recipe: dict, given: dict) -> Path:
-    """Returns --output-dir or, by default, a name that tells what differs from the defaults."""
+    """Returns the folder of a run, whose name tells what differs from the defaults."""
     chosen = {**defaults, **given}
-    if chosen["output_dir"] is not None:
-        return Path(chosen["output_dir"])
     labeled = Path(chosen["labeled_list"] or chosen["labeled"].replace("/", "-")).name
     parts = [method, chosen["dataset"], labeled, f"s{chosen['seed']}"]
     for name in ("split_seed", "weights", "supervised", *recipe):

@@ -44,7 +44,11 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         line, status = f"stopped by {number.name}", 128 + number
-    except (InputError, OSError) as error:  # a loader process puts its traceback before the line
+    except (
+        InputError,
+        OSError,
+        ImportError,
+    ) as error:  # a loader process puts its traceback before the line
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
     print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -79,20 +83,14 @@ class Session:
         self.log_every = max(10, min(100, recipe.iterations // 50))
         self.eval_every = args.eval_every or max(1, recipe.iterations // 8)
         self.save_every = args.save_every or max(1, recipe.iterations // 40)
-        self.start, self.seconds, self.miou, self.signal = 0, 0.0, None, 0
+        self.start, self.seconds, self.miou, self.signal, self.board = 0, 0.0, None, 0, None
         self.sums: dict[str, tuple[Tensor, int]] = {}  # what was logged since the last log line
         self.named = {"headline": headline, "class_names": list(data.class_names)}
-        self.board = None
 
     def restore(self) -> int:
         """Prepares the folder, the state and the signals. Returns the first iteration."""
-        if checkpoint := self.args.checkpoint:
-            if checkpoint["class_names"] != list(self.data.class_names):
-                raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
-            for name, part in self.state.items():
-                part.load_state_dict(checkpoint["state"][name])
-            self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
-            self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
+        if self.args.checkpoint is not None:
+            self._load(self.args.checkpoint)
         if self.first:
             self._open_folder()
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -104,6 +102,14 @@ class Session:
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
         return self.start
+
+    def _load(self, checkpoint: dict) -> None:
+        if checkpoint["class_names"] != list(self.data.class_names):
+            raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
+        for name, part in self.state.items():
+            part.load_state_dict(checkpoint["state"][name])
+        self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+        self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
 
     def batches(self, indices: list[int], transform: Callable, *, stream: int, start: int):
         """Yields this rank's micro-batches from batch `start` on. Each stream has its own order."""
@@ -158,11 +164,11 @@ class Session:
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
             "commit": commit.strip() or None,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
             self.board = SummaryWriter(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         log.touch()
         # A killed run repeats the steps after its last checkpoint.
         os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if self.start else 0)
