@@ -17,7 +17,8 @@ those of a Friesian cow.
     choice              paper            published code (1)   here          flag
     squared distance    mean over K      sum, weight 1        mean          --consistency-weight
     boxes               any area (3.3)   CutMix: half         any area      --p-range 0.5 0.5
-    learning rate       one              two (2)              one           --head-factor
+    student's colours   as the teacher's jittered             as teacher's  --color-jitter
+    learning rate       one              two (2)              one           --lr --head-factor
     classifiers         four branches    sums two of them     four          --aspp-rates 6 12
     mirror and scale    -                yes                  no            --flip --scale-range
     Cityscapes          whole images     crops, 4 a batch     whole images  --crop 256 512
@@ -27,15 +28,18 @@ those of a Friesian cow.
     CutOut shows        inside of boxes  inside of boxes      inside
     teacher             -                in train mode (3)    in train mode
     evaluated           -                teacher              both; the teacher is the headline
+    aug                 warps (D.1.1)    crops 16 pixels off  warps         --translation
     labeled under aug   warped (D.1.1)   unchanged            recolored and warped
+    recolored values    -                -                    kept in [0,1]
     padding of crops    -                counts               loss 0, not confident
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
     weights of DeepLab  COCO             COCO or ImageNet     ImageNet      --weights FILE
 
-(1) Later than the paper, without cow masks and this U-Net. (2) 3e-6 for the backbone, which its
-optimizer lists three times, and 3e-5. (3) It matters only with --weights none; loaded batch norm is
-frozen. The teacher's statistics are averaged like its weights. We correct the listings: misspelled
-names, the teacher's input in listing 3 (xb, not yb), and max(dim=1), which means its values.
+(1) Later than the paper, without cow masks and this U-Net. (2) 3e-6 and 3e-5; its optimizer lists
+most of the backbone three times, and --lr 9e-6 --head-factor 3.3 is near that. (3) It matters only
+with --weights none; loaded batch norm is frozen. The teacher's statistics are averaged like its
+weights. We correct the listings: misspelled names, the teacher's input in listing 3 (xb, not yb),
+and max(dim=1), which means its values.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -51,9 +55,10 @@ from typing import Literal
 
 import numpy as np
 import torchvision
+from torchvision.transforms import v2
 
 from common import InputError, ranks, run
-from common.augment import scale_crop_flip, without_label
+from common.augment import scale_crop_flip, seeded, without_label
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, SegmentationResNet, load_weights
 from common.ema import make_teacher, update_teacher
@@ -84,6 +89,7 @@ class Recipe:
     sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (figure 12)
     p_range: tuple[Share, Share] = (0.5, 0.5)  # share of M = 0; area of boxes (0 1 unless cowmix)
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
+    color_jitter: bool = False  # jitter the colours that the student sees, not aug's (code: yes)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)
     translation: float = 4.0  # largest shift in aug, pixels (D.1)
     scaling: tuple[Positive, Positive] = (0.8, 1.25)  # range of scales in aug (D.1)
@@ -242,28 +248,30 @@ def confident_fraction(prob: Tensor, threshold: float, valid: Tensor) -> Tensor:
     return ((prob.amax(1) > threshold) & valid).sum() / valid.sum().clamp(min=1)
 
 
-def mixing_loss(student, teacher, image_a, image_b, combine: Callable, valid, threshold=0.97):
+def mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold=0.97, shown=None):
     """Equation 2 as in listing 3: (B,3,H,W) twice, (B,H,W) bool -> scalar, details.
 
     combine is the paper's mix(a, b, M); it mixes images and probabilities. Padding is not valid.
+    shown replaces both images for the student, for example by recolored ones.
     """
     with torch.no_grad():
         prob_a = teacher(image_a).float().softmax(1)  # (line 4)
         prob_b = teacher(image_b).float().softmax(1)  # (line 5)
-        image_mix = combine(image_a, image_b)  # (line 7)
+        image_mix = combine(*(shown or (image_a, image_b)))  # (line 7)
         prob_mix = combine(prob_a, prob_b)  # (line 8)
         fraction = confident_fraction(prob_mix, threshold, valid)  # (line 13)
     return consistency_loss(student, image_mix, prob_mix, fraction, valid)  # (lines 10, 15)
 
 
-def cutout_loss(student, teacher, image, mask, fill: Tensor, valid: Tensor, threshold=0.97):
+def cutout_loss(student, teacher, image, mask, fill, valid, threshold=0.97, shown=None):
     """Section 3.3 as in listing 2: (B,3,H,W), (B,H,W) bool twice -> scalar, details.
 
     Where the mask is False the student sees fill (3,1,1), the mean colour, which normalises to 0.
+    shown replaces the image for the student.
     """
     with torch.no_grad():
         prob = teacher(image).float().softmax(1)  # (line 4)
-        image_cut = mix(mask, image, fill)  # x M (line 6)
+        image_cut = mix(mask, image if shown is None else shown, fill)  # x M (line 6)
         fraction = confident_fraction(prob, threshold, valid)  # (line 9)
     return consistency_loss(student, image_cut, prob, fraction, mask & valid)  # (lines 6, 11)
 
@@ -398,8 +406,15 @@ def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Te
     return matrix, partial(recolor, **strength, generator=generator)
 
 
-def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *, seed: int):
-    """Loss and details of the recipe's perturbation.
+def jitter(seed: int, image: Tensor) -> Tensor:
+    """Changes the colours of each image as the published code does: (B,3,H,W) in [0,1] -> same."""
+    change = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+    change = v2.Compose([change, v2.RandomGrayscale(0.2)])
+    return seeded(lambda image: torch.stack([change(single) for single in image]), seed, image)
+
+
+def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *, seed: Callable):
+    """Loss and details of the recipe's perturbation. seed(purpose) seeds what it draws.
 
     a and b are pairs of images (B,3,H,W) and padding masks (B,H,W), which are 255 in padding.
     """
@@ -407,32 +422,37 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     valid_a, valid_b = padding_a != 255, padding_b != 255
     kind, threshold = recipe.perturbation, recipe.confidence_threshold
     batch, _, *size = image_a.shape
-    generator = torch.Generator(image_a.device).manual_seed(seed)
+    generator = torch.Generator(image_a.device).manual_seed(seed("perturbation"))
+    shown = (image_a, image_b)
+    if recipe.color_jitter:
+        shown = jitter(seed("color"), torch.cat(shown)).chunk(2)
     if kind == "aug":
         matrix_a, color = draw_aug(recipe, batch, generator)
         matrix_b, _ = draw_aug(recipe, batch, generator)
         change = (matrix_a, matrix_b, color, fill)
         return aug_loss(student, teacher, image_a, *change, valid_a, threshold)
     if kind == "ict":
-        blend = np.random.default_rng(seed).beta(recipe.ict_alpha, recipe.ict_alpha, batch)
+        random = np.random.default_rng(seed("perturbation"))
+        blend = random.beta(recipe.ict_alpha, recipe.ict_alpha, batch)
         blend = torch.tensor(blend).float().view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
         combine, valid = partial(torch.lerp, weight=blend), valid_a & valid_b
-        return mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold)
+        return mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold, shown)
     options = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
     if kind in ("cowmix", "cowout"):
         mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **options)
     else:
         mask = box_mask(batch, size, **options)
     if kind in ("cowout", "cutout"):
-        loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, threshold)
+        how = (fill, valid_a, threshold, shown[0])
+        loss, details = cutout_loss(student, teacher, image_a, mask, *how)
         return loss, {"mask": mask, **details}
 
     def combine(a: Tensor, b: Tensor) -> Tensor:
         """mix(a, b, M) = (1 - M) a + M b (3.3)."""
         return mix(mask, b, a)
 
-    valid = combine(valid_a, valid_b)
-    loss, details = mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold)
+    how = (combine, combine(valid_a, valid_b), threshold, shown)
+    loss, details = mixing_loss(student, teacher, image_a, image_b, *how)
     return loss, {"mask": mask, **details}
 
 
@@ -441,6 +461,8 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
     ranks.check_batch_size(recipe.batch_size, args, accumulate=args.accumulate, least=1)
     if recipe.scale_range != (1.0, 1.0) and recipe.crop is None:
         raise InputError("--scale-range: needs --crop, because scaled images differ in size")
+    if recipe.color_jitter and recipe.perturbation == "aug":
+        raise InputError("--color-jitter: aug changes colours by --brightness and --contrast")
 
 
 def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) -> None:
@@ -486,9 +508,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             a = b = next(batches_a)
             if recipe.perturbation in ("cowmix", "cutmix", "ict"):
                 b = next(batches_b)
-            loss_u, details = unlabeled_loss(
-                recipe, student, teacher, mean, a, b, seed=seed("perturbation")
-            )
+            loss_u, details = unlabeled_loss(recipe, student, teacher, mean, a, b, seed=seed)
             (recipe.consistency_weight * loss_u / args.accumulate).backward()
             session.log({"loss_u": loss_u, "confident": details.pop("confident")})
             pictures = {"labeled": image_l, "truth": label_l, "unlabeled": a[0], **details}
