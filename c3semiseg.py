@@ -15,11 +15,15 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     choice              paper               published code (1)  here            flag
     lambda_1 times      sum over K          mean over K         mean over K     --consistency-weight
     lambda_1 ramps from step 0              end of warm-up      end of warm-up
+    lambda_1 = 0        without L_u (t. 3)  no unlabeled images mixes both sets --consistency-weight
     lambda_2            0.1                 0.15 in our units   0.15            --contrast-weight
+    lambda_2 ramps from -                   3/1000 of its ramp  0
+    learning rate of t  (1 - t/T)^0.9       that of t + 1       that of t
     mean (eq. 1, 2)     over each image     over a group        over a group
     labeled keys, eq. 5 the teacher's       the student's       the student's
     keys are detached   -                   yes, except when only labeled pixels are contrasted
     P_i contains i      -                   no                  no
+    hard in D_U: wrong  teacher or student  student by nearest  by bilinear
     road in eq. 5       yes                 no                  yes             --no-contrast-road
     contrast, at most   -                   -                   256 (image, class) groups
     backbone's rate     lr                  0.1 lr, thrice (2)  0.3 lr          --backbone-factor
@@ -28,6 +32,7 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
       contrast in it    no                  labeled pixels      labeled pixels  --no-warmup-contrast
     groups to mix       -                   4 + 4, of a GPU     4 + 4           --group-size
     height of boxes     -                   log-uniform         log-uniform
+    places of boxes     -                   ends half as likely uniform
     alpha               0.99                rises to 0.99       0.99            --ema-warm-start
     table 7, s = 1      no thresholds       stay at 0.9         no thresholds
     teacher's update    -                   first in a step     first in a step

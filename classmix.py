@@ -17,10 +17,20 @@ and the loss is weighted by the share of pixels of which the teacher is confiden
     lambda: share of   an image      a batch           a batch      --weight-scope sample
     Nesterov momentum  yes           no                no           --nesterov
     jitter and blur    table 3       on Cityscapes     no           --extra-augmentations
-    VOC: scale, mirror 0.5-1.5, yes  0.5-1.6, no       0.5-1.5, yes --scale-range, --no-flip
+    VOC: scale, mirror 0.5-1.5, yes  (1)               0.5-1.5, yes --scale-range, --no-flip
+    subtracted mean    -             off by 0.8 (2)    of weights   --mean 72.39 82.91 73.16
     squared error      sum over K    mean over K       sum over K
+      to               -             the teacher's S   S
+    per-pixel lambda   "ignored"     divides by all    by all       --weighting pixel
+    unlabeled images   uniform       without repeats   as the code
+    teacher statistics -             initial ones (3)  student's
     backbone steps     1             3 (listed thrice) 1            --lr 7.5e-4 --head-factor 3.33
     initial weights    COCO          COCO (offline)    ImageNet     --weights FILE
+
+(1) Not mirrored; one of 12 scales of 0.5-1.6, not antialiased; padded right and below; shown as RGB
+to weights that expect BGR; scored on images padded to 505x505. (2) On Cityscapes, the means of RGB
+are subtracted from BGR: use the flag with the authors' weights. (3) Those of batch norm; only the
+score of the teacher depends on them.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -72,13 +82,10 @@ class Recipe:
     ramp_iterations: Count = 10_000  # length of the ramp of --weighting ramp, steps (4.3)
     unlabeled_loss: Kind = "cross-entropy"  # loss between student and teacher (table 3)
     extra_augmentations: bool = False  # jitter and blur mixed images (table 3)
-    jitter: float = 0.25  # strength in brightness, contrast, saturation and hue (code)
-    jitter_probability: Share = 0.8  # share of the mixed images that are jittered (code)
-    blur_sigma: tuple[Positive, Positive] = (0.15, 1.15)  # standard deviation, pixels (code)
-    blur_probability: Share = 0.5  # share of the mixed images that are blurred (code)
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
     width: Count = 64  # channels of the first convolution
     aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers
+    mean: tuple[float, float, float] | None = None  # RGB to subtract, 0-255 (default: the weights')
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
@@ -260,13 +267,11 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
     return cut_mask(batch, size, **where)
 
 
-def jitter_and_blur(recipe: Recipe) -> Callable[[int, Tensor], Tensor]:
-    """augment(seed, image) of table 3: float (B,3,H,W) in [0,1] -> same, each image on its own."""
-    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.jitter, 0.5))
-    blur = v2.GaussianBlur(2 * int(4 * recipe.blur_sigma[1] + 1) + 1, recipe.blur_sigma)
-    jitter = v2.RandomApply([jitter], recipe.jitter_probability)
-    change = v2.Compose([jitter, v2.RandomApply([blur], recipe.blur_probability)])
-    return partial(seeded, lambda image: torch.stack([change(single) for single in image]))
+def jitter_and_blur(seed: int, image: Tensor) -> Tensor:
+    """Changes each image as the published code does (table 3): float (B,3,H,W) in [0,1] -> same."""
+    jitter = v2.RandomApply([v2.ColorJitter(0.25, 0.25, 0.25, 0.25)], 0.8)
+    change = v2.Compose([jitter, v2.RandomApply([v2.GaussianBlur(11, (0.15, 1.15))], 0.5)])
+    return seeded(lambda image: torch.stack([change(single) for single in image]), seed, image)
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -290,6 +295,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     student = network(recipe, data.num_classes, pretrained=args.weights != "none").to(args.device)
     if args.checkpoint is None:
         print(f"weights: {load_weights(student, args.weights)}")
+        if recipe.mean is not None:
+            student.mean.copy_(torch.tensor(recipe.mean).view(3, 1, 1) / 255)
     teacher = make_teacher(student, train_mode=True)
     optimizer, schedule = make_optimizer(recipe, student)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
@@ -300,7 +307,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     first = max(start, recipe.warmup)
     batches_u = session.batches(unlabeled, partial(without_label, transform), stream=1, start=first)
-    augment = jitter_and_blur(recipe) if recipe.extra_augmentations else lambda _, image: image
+    augment = jitter_and_blur if recipe.extra_augmentations else lambda _, image: image
     student = run.prepare(student, args, train=True)
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):

@@ -69,6 +69,7 @@ class Recipe:
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
     width: Count = 64  # channels of the first convolution
     aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers
+    mean: tuple[float, float, float] | None = None  # RGB to subtract, 0-255 (default: the weights')
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
@@ -228,6 +229,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     student = network(recipe, data.num_classes, pretrained=args.weights != "none").to(args.device)
     if args.checkpoint is None:
         print(f"weights: {load_weights(student, args.weights)}")
+        if recipe.mean is not None:
+            student.mean.copy_(torch.tensor(recipe.mean).view(3, 1, 1) / 255)
     teacher = make_teacher(student, train_mode=True)
     optimizer, schedule = make_optimizer(recipe, student)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}

@@ -173,7 +173,7 @@ def weights(session, *networks):
 
 FLAGS = """--blocks 16 | --classes present | --weighting pixel | --weight-scope sample
 --unlabeled-weight 0.5 | --confidence-threshold 0.5 | --warmup 1 | --nesterov
---ema-decay 0.1 | --seed 1 | --supervised"""
+--ema-decay 0.1 | --seed 1 | --supervised | --mean 10 20 30"""
 
 
 def test_every_flag_reaches_the_step(camvid):
@@ -208,6 +208,14 @@ def test_the_teacher_labels_in_train_mode_and_copies_the_statistics(camvid):
     assert student.training and teacher.training and session.headline == "student"
     assert all(map(torch.equal, student.buffers(), teacher.buffers()))
     assert not torch.equal(student.conv1.weight, teacher.conv1.weight)
+
+
+@pytest.mark.parametrize("method", ["classmix", "complexmix"])
+def test_mean_is_subtracted_from_red_green_and_blue(camvid, method):
+    session = train(camvid, "--mean", 51, 102, 204, method=method)
+    for name in ("student", "teacher"):
+        mean = session.state[name].mean.flatten().tolist()
+        assert mean == pytest.approx([0.2, 0.4, 0.8])
 
 
 SAME = """| --accumulate 2 --batch-size 4 | --supervised

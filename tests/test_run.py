@@ -107,9 +107,7 @@ FLAGS_OF_A_STEP = """
 --mask cut | --mask cow --sigma-range 2 3 | --weighting pixel | --weighting ramp
 --weighting ramp --ramp-iterations 3 | --weighting constant | --weight-scope sample
 --confidence-threshold 0.35 | --unlabeled-loss soft-cross-entropy | --unlabeled-loss squared-error
---extra-augmentations | --extra-augmentations --jitter 0.5
---extra-augmentations --blur-sigma 2 3 --blur-probability 1
---extra-augmentations --jitter-probability 1 | --scale-range 0.5 1.5 --crop 24 32
+--extra-augmentations | --scale-range 0.5 1.5 --crop 24 32 | --mean 10 20 30
 --ema-decay 0.1 | --supervised --ema-decay 0.1
 """
 
