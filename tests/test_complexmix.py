@@ -212,7 +212,7 @@ def test_the_teacher_labels_in_train_mode_and_copies_the_statistics(camvid):
 
 @pytest.mark.parametrize("method", ["classmix", "complexmix"])
 def test_mean_is_subtracted_from_red_green_and_blue(camvid, method):
-    session = train(camvid, "--mean", 51, 102, 204, method=method)
+    session = train(camvid, "--warmup", 0, "--mean", 51, 102, 204, method=method)
     for name in ("student", "teacher"):
         mean = session.state[name].mean.flatten().tolist()
         assert mean == pytest.approx([0.2, 0.4, 0.8])
