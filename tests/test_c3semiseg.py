@@ -493,23 +493,6 @@ def test_alpha_of_each_step():
     assert c3semiseg.teacher_decay(replace(warm, ema_decay=0.9999), 25_000) == 0.9999
 
 
-def test_core_never_waits_for_the_device():
-    """On the meta device .item(), nonzero, unique and branches on tensors raise."""
-    with torch.device("meta"):
-        student, contrast = Stub(0), sampled_contrast(generator=None)
-        image, label = torch.empty(2, 3, 8, 8), torch.empty(2, 8, 8).long()
-        regions = c3semiseg.ConfidentRegions(4)
-        prob, confidence, pseudo_label, embedding = c3semiseg.label_images(student, image)
-        confident = regions.update(confidence, pseudo_label)
-        unlabeled = image, prob, pseudo_label.masked_fill(~confident, 255), embedding
-        terms = [c3semiseg.warmup_loss(student, image, label, contrast=contrast)[0]]
-        pairs = torch.arange(4), c3semiseg.box_mask(2, (8, 8))
-        for sets in ("both", "labeled", "unlabeled"):
-            how = {"contrast": contrast, "sets": sets}
-            terms.append(c3semiseg.c3_loss(student, (image, label), unlabeled, *pairs, **how)[0])
-    sum(sum(each.values()) for each in terms).backward()
-
-
 # ---- Network and recipes ----
 
 

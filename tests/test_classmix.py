@@ -246,19 +246,3 @@ def test_one_class_and_nobody_confident(batch):
     assert details["pseudo_label"].eq(2).all() and not details["mask"].any()
     assert torch.equal(details["mixed_image"], image[[*range(1, batch), 0]])
     assert loss == 0 and details["lambda"] == 0 and student.weight.grad.eq(0).all()
-
-
-def test_core_never_waits_for_the_device():
-    """On the meta device .item(), nonzero, unique and branches on tensors raise."""
-    with torch.device("meta"):
-        image, label = torch.empty(2, 3, 8, 8), torch.empty(2, 8, 8).long()
-        network = nn.Conv2d(3, 4, 1)
-    masks = (
-        mask_classes,
-        lambda _: classmix.cow_mask(2, (8, 8), sigma_range=(2.0, 4.0), device=image.device),
-        lambda _: classmix.cut_mask(2, (8, 8), device=image.device),
-    )
-    for make_mask, kind in itertools.product(masks, KINDS):
-        options = {"make_mask": make_mask, "augment": mirror, "kind": kind}
-        loss, _ = classmix.classmix_loss(network, network, image, **options)
-        (loss + classmix.cross_entropy(network(image), label)).backward()

@@ -5,7 +5,6 @@ import inspect
 import itertools
 import math
 from dataclasses import asdict
-from functools import partial
 
 import pytest
 import torch
@@ -111,17 +110,6 @@ def test_loss_is_classmix_s(weighting):
     torch.testing.assert_close([p.grad for p in student.parameters()], list(gradient))
     assert not any(graphs) and all(p.grad is None for p in teacher.parameters())
     assert torch.equal(*labels) and not any(value.requires_grad for value in details.values())
-
-
-@pytest.mark.parametrize("classes", ["all", "present"])
-def test_core_never_waits_for_the_device(classes):
-    """On the meta device .item(), nonzero, unique and branches on tensors raise."""
-    with torch.device("meta"):
-        image, network = torch.empty(2, 3, 9, 8), nn.Conv2d(3, 4, 1)
-    make_mask = partial(complex_mask, num_classes=4, blocks=16, classes=classes)
-    for weighting in ("fraction", "pixel"):
-        options = {"make_mask": make_mask, "weighting": weighting}
-        complexmix.complexmix_loss(network, network, image, **options)[0].backward()
 
 
 # ---- What is shared with classmix.py ----

@@ -230,26 +230,6 @@ def test_pixels_out_of_sight_do_not_count():
     assert loss == 0 and details["confident"] == 0
 
 
-def test_losses_never_wait_for_the_device():
-    """On the meta device .item(), nonzero, unique and branches on tensors raise."""
-    with torch.device("meta"):
-        image, network, fill = torch.empty(2, 3, 8, 8), nn.Conv2d(3, 4, 1), torch.empty(3, 1, 1)
-        valid, label = torch.empty(2, 8, 8) > 0, torch.empty(2, 8, 8).long()
-    device = image.device
-    matrix = cowmix.random_affine(2, **AFFINE, device=device)
-    color = partial(cowmix.recolor, brightness=0.1, contrast=1.1)
-    losses = [cowmix.aug_loss(network, network, image, matrix, matrix, color, fill, valid)]
-    for mask in (
-        cow_mask(2, (8, 8), sigma_range=(2.0, 4.0), device=device),
-        box_mask(2, (8, 8), p_range=(0, 1), device=device),
-    ):
-        combine = partial(cowmix.mix, mask)
-        losses.append(cowmix.mixing_loss(network, network, image, image, combine, valid))
-        losses.append(cowmix.cutout_loss(network, network, image, mask, fill, valid))
-    label = warp_label(label, warp_grid(matrix, (8, 8)))
-    (sum(loss for loss, _ in losses) + cowmix.cross_entropy(network(image), label)).backward()
-
-
 # ---- U-Net ----
 
 

@@ -1,0 +1,150 @@
+"""Masks, losses, thresholds and the teacher's update stay on the device and never wait for it.
+
+The tensors are fake CUDA tensors, which need no GPU. A copy to the host raises, and so do .item(),
+nonzero, unique, boolean indices and branches on tensors.
+"""
+
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import c3semiseg
+import classmix
+import complexmix
+import cowmix
+from common.ema import update_teacher
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+SIZE, CLASSES = (32, 48), 5
+TINY = {"layers": (1, 1, 1, 1), "width": 4}
+
+
+class OnCuda(TorchDispatchMode):
+    """Refuses operations that take or return a tensor elsewhere. Networks are built outside."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for value in tree_leaves((args, kwargs, result)):
+            if isinstance(value, torch.Tensor) and value.device.type != "cuda":
+                raise RuntimeError(f"{func} with a tensor on {value.device}")
+        return result
+
+
+@pytest.fixture(autouse=True)
+def fake_cuda():
+    with ExitStack() as stack:
+        for context in (FakeTensorMode(), torch.device("cuda")):
+            stack.enter_context(context)
+        yield
+
+
+def networks(method, **changes):
+    """A student and a teacher of a method. make_teacher would copy fake tensors, which fails."""
+    recipe = method.RECIPES["streets"].__class__(**TINY, **changes)
+    student, teacher = (method.network(recipe, CLASSES, pretrained=False) for _ in range(2))
+    return student, teacher.requires_grad_(False)
+
+
+def images(count=4):
+    return torch.rand(count, 3, *SIZE), torch.randint(CLASSES, (count, *SIZE))
+
+
+def on_device(*tensors):
+    assert {tensor.device for tensor in tensors} == {torch.device("cuda:0")}
+
+
+def test_an_operation_on_two_devices_or_a_value_read_back_fails():
+    image, label = images()
+    with OnCuda():
+        for wrong in (
+            lambda: image + torch.zeros(SIZE, device="cpu"),
+            lambda: image.cpu(),
+            lambda: image.sum().item(),
+            lambda: image[label > 1],
+            lambda: label.unique(),
+            lambda: bool((label > 1).any()),
+        ):
+            with pytest.raises(RuntimeError):  # FakeTensor's exceptions are RuntimeErrors
+                wrong()
+
+
+def test_the_teacher_s_update():
+    student, teacher = networks(classmix)
+    with OnCuda():
+        for buffers in ("copy", "average", "keep"):
+            update_teacher(teacher, student, decay=0.9, buffers=buffers)
+        on_device(*teacher.state_dict().values())
+
+
+def test_classmix():
+    (student, teacher), (image, label) = networks(classmix), images()
+    with OnCuda():
+        on_device(classmix.cross_entropy(student(image), label))
+        for mask, kind, weighting in (
+            ("class", "cross-entropy", "fraction"),
+            ("cow", "soft-cross-entropy", "pixel"),
+            ("cut", "squared-error", "ramp"),
+        ):
+            make_mask = partial(classmix.make_mask, classmix.Recipe(mask=mask), CLASSES, None)
+            options = {"make_mask": make_mask, "kind": kind, "weighting": weighting}
+            loss, details = classmix.classmix_loss(student, teacher, image, **options)
+            on_device(loss, *details.values())
+
+
+def test_complexmix():
+    (student, teacher), (image, label) = networks(complexmix), images()
+    with OnCuda():
+        on_device(complexmix.cross_entropy(student(image), label))
+        for blocks, classes in ((1, "all"), (16, "present")):
+            options = {"num_classes": CLASSES, "blocks": blocks, "classes": classes}
+            make_mask = partial(complexmix.complex_mask, **options)
+            loss, details = complexmix.complexmix_loss(student, teacher, image, make_mask=make_mask)
+            on_device(loss, *details.values())
+
+
+@pytest.mark.parametrize("network", ["unet", "deeplab"])
+def test_cowmix(network):
+    student, teacher = networks(cowmix, network=network)
+    image, label = images(2)
+    with OnCuda():
+        fill, valid = student.mean, label != 255
+        shape = {"flip": 0.5, "translation": 4.0, "scaling": (0.8, 1.25), "rotation": 15.0}
+        a, b = (cowmix.random_affine(2, **shape, device="cuda") for _ in range(2))
+        color = partial(cowmix.recolor, brightness=0.1, contrast=1.1)
+        results = [cowmix.aug_loss(student, teacher, image, a, b, color, fill, valid)]
+        for mask in (
+            cowmix.cow_mask(2, SIZE, sigma_range=(2.0, 4.0), device="cuda"),
+            cowmix.box_mask(2, SIZE, p_range=(0, 1), device="cuda"),
+        ):
+            combine = partial(cowmix.mix, mask)
+            results.append(cowmix.mixing_loss(student, teacher, image, image, combine, valid))
+            results.append(cowmix.cutout_loss(student, teacher, image, mask, fill, valid))
+        for loss, details in results:
+            on_device(loss, *details.values())
+        warped = cowmix.warp_label(label, cowmix.warp_grid(a, SIZE))
+        on_device(warped, cowmix.cross_entropy(student(image), warped))
+
+
+def test_c3semiseg():
+    (student, teacher), (image, label) = networks(c3semiseg, embedding=8), images()
+    with OnCuda():
+        contrast = c3semiseg.make_contrast(c3semiseg.Recipe(), None)
+        regions = c3semiseg.ConfidentRegions(CLASSES)
+        prob, confidence, pseudo_label, embedding = c3semiseg.label_images(teacher, image)
+        confident = regions.update(confidence, pseudo_label)
+        unlabeled = image, prob, pseudo_label.masked_fill(~confident, 255), embedding
+        pairs = torch.randperm(8), c3semiseg.box_mask(4, SIZE)
+        for sets in ("both", "labeled", "unlabeled"):
+            options = {"contrast": contrast, "sets": sets}
+            terms, details = c3semiseg.c3_loss(
+                student, (image, label), unlabeled, *pairs, **options
+            )
+            on_device(*terms.values(), *details.values())
+        terms, details = c3semiseg.warmup_loss(student, image, label, contrast=contrast)
+        on_device(*terms.values(), *details.values())
