@@ -1,28 +1,39 @@
 """The programs in benchmarks/ on tiny sizes."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-SMALL = ("--size", 64, 128, "--layers", 1, 1, 1, 1, "--width", 4)
 
 
-@pytest.mark.parametrize("method", ["classmix", "complexmix", "cowmix", "c3semiseg"])
-def test_step_times_a_method_without_its_data(command, tmp_path, monkeypatch, method):
-    monkeypatch.chdir(tmp_path)
-    crop = ("--crop", 64, 128, "--batch-size", 2) if method == "c3semiseg" else ()
-    flags = ("--dataset", "cityscapes", "--steps", 2, *SMALL, *crop)
-    status, out, err = command("step", method, *flags)
-    assert (status, err) == (0, "")
-    images = {"classmix": 4, "complexmix": 4, "cowmix": 3, "c3semiseg": 4}[method]
-    assert f"{method}, cityscapes: {images} images of 64x128 a step" in out
-    assert "n = 2" in out and "GiB" in out
-    assert list(tmp_path.iterdir()) == []
+def test_the_dry_run_measures_each_recipe(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CAMVID": str(tmp_path / "none")}
+    program = [ROOT / "benchmarks/gpu.sh", tmp_path, "--dry", "fp32"]
+    subprocess.run(program, check=True, capture_output=True, env=environment)
+    (entry,) = (tmp_path / "parts.tsv").read_text().splitlines()[1:]
+    assert entry.startswith("fp32") and entry.split("\t")[2] == "0"
+    rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    names = ["method", "dataset", "network", "images"]
+    assert sorted([row[name] for name in names] for row in rows) == [
+        ["c3semiseg", "cityscapes", "deeplab", 8],
+        ["classmix", "cityscapes", "deeplab", 4],
+        ["classmix", "streets", "deeplab", 8],
+        ["classmix", "voc", "deeplab", 4],
+        ["cowmix", "camvid", "unet", 3],
+        ["cowmix", "voc", "deeplab", 6],
+    ]
+    for row in rows:
+        numbers = [row[name] for name in ("ms", "TFLOP", "TFLOP/s", "share %", "GiB", "kernels")]
+        assert all(0 < number < math.inf for number in numbers)
+        assert row["ms_least"] <= row["ms"] <= row["ms_most"] and row["waits"] is None
+        assert (row["data %"] is None) == (row["dataset"] != "streets") and row["steps"] == 1
+    table = (tmp_path / "tables.md").read_text()
+    assert all(f"| {row['method']} | {row['dataset']} |" in table for row in rows)
 
 
 def test_first_step_counts_each_method(command):
