@@ -481,7 +481,7 @@ def make_optimizer(recipe: Recipe, student: nn.Module):
     """Returns the optimizer and the schedule of its learning rate."""
     backbone, heads = student.parameter_groups(recipe.lr, 1.0)
     backbone["lr"] = recipe.lr * recipe.backbone_factor
-    optimizer = torch.optim.Adam([backbone, heads])
+    optimizer = torch.optim.Adam([backbone, heads], fused=student.mean.is_cuda)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     return optimizer, schedule
 

@@ -199,11 +199,12 @@ def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> DeepLabV2:
 def make_optimizer(recipe: Recipe, student: nn.Module):
     """Returns the optimizer and the schedule of its learning rate."""
     groups = student.parameter_groups(recipe.lr, recipe.head_factor)
+    options = {"weight_decay": recipe.weight_decay, "fused": student.mean.is_cuda}
     if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.Adam(groups, **options)
     else:
-        options = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-        optimizer = torch.optim.SGD(groups, weight_decay=recipe.weight_decay, **options)
+        options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        optimizer = torch.optim.SGD(groups, **options)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     return optimizer, schedule
 

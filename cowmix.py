@@ -476,7 +476,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     if args.checkpoint is None:
         print(f"weights: {load_weights(student, args.weights)}")
     teacher = make_teacher(student, train_mode=True)
-    optimizer = torch.optim.Adam(student.parameter_groups(recipe.lr, recipe.head_factor))
+    groups = student.parameter_groups(recipe.lr, recipe.head_factor)
+    optimizer = torch.optim.Adam(groups, fused=student.mean.is_cuda)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = make_session(recipe, args, data, (labeled, unlabeled), state, headline="teacher")

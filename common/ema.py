@@ -28,6 +28,6 @@ def update_teacher(teacher: nn.Module, student: nn.Module, *, decay: float, buff
             (averaged if average else copied).append((own, other))
     own, other = map(list, zip(*averaged, strict=True))
     torch._foreach_lerp_(own, other, 1 - decay)
-    if copied:
-        own, other = map(list, zip(*copied, strict=True))
+    for dtype in {own.dtype for own, _ in copied}:  # mixed types are copied one by one
+        own, other = zip(*(pair for pair in copied if pair[0].dtype == dtype), strict=True)
         torch._foreach_copy_(own, other)

@@ -37,12 +37,12 @@ class Settings:  # the flags that all methods share; the comments are their help
     seed: Seed = 0  # seed of weights, batches and masks
     device: str | None = None  # torch device (default: cuda if available, else cpu)
     precision: Literal["bf16", "fp32"] | None = None  # number format (default: bf16 on CUDA)
-    compile: bool | None = None  # compile the networks (default: on CUDA with a C compiler)
+    compile: bool | None = None  # compile the networks (default: on CUDA, for 5000 steps and more)
     accumulate: Count = 1  # split a batch into N micro-batches
     workers: int | None = None  # number of loader processes
     output_dir: str | None = None  # folder of the run (default: runs/<method>_<dataset>_...)
     eval_every: Count | None = None  # evaluate every N steps (default: 8 times in all)
-    save_every: Count | None = None  # save every N steps (default: 40 times in all)
+    save_every: Count | None = None  # save every N steps (default: every 5 minutes)
     tensorboard: bool = False  # also write TensorBoard's files (pip install tensorboard)
     resume: str | None = None  # continue this last.pt; auto: that of the run's folder, if any
     evaluate: str | None = None  # print the IoU of the networks in this last.pt, and end
@@ -77,7 +77,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     for field in fields(recipe):
         if field.type in RANGES and (pair := getattr(recipe, field.name))[0] > pair[1]:
             raise InputError(f"--{field.name.replace('_', '-')}: {pair[0]} is above {pair[1]}")
-    return recipe, _complete(argparse.Namespace(**values, method=method))
+    return recipe, _complete(argparse.Namespace(**values, method=method), recipe.iterations)
 
 
 def _stored(checkpoint: dict, values: dict, given: dict) -> dict:
@@ -96,7 +96,7 @@ def _stored(checkpoint: dict, values: dict, given: dict) -> dict:
     return values
 
 
-def _complete(args: argparse.Namespace) -> argparse.Namespace:
+def _complete(args: argparse.Namespace, iterations: int) -> argparse.Namespace:
     """Fills in what depends on another setting, on the machine or on torchrun."""
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
     args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -110,9 +110,12 @@ def _complete(args: argparse.Namespace) -> argparse.Namespace:
     if cuda := args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     if args.precision is None:
-        args.precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    if args.compile is None:  # Triton builds its launchers with a C compiler
-        args.compile = cuda and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if bf16 else "fp32"
+    if args.compile is None:  # Triton needs compute capability 7.0 and a C compiler
+        compilers = map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
+        args.compile = cuda and iterations >= 5000 and any(compilers)
+        args.compile = args.compile and torch.cuda.get_device_capability() >= (7, 0)
     if args.workers is None:
         args.workers = 0 if args.dataset == "streets" else min(8, os.cpu_count() or 1)
     return args

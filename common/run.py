@@ -60,9 +60,12 @@ def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
     if args.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     network.forward = evaluation.autocast(args)(network.forward)
-    if args.compile:
-        network.compile()
+    if args.compile:  # a graph for each batch size; by default the second one would be slower
+        network.compile(dynamic=False)
     return DistributedDataParallel(network) if train and args.ranks > 1 else network
+
+
+SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
 
 
 class Session:
@@ -82,7 +85,7 @@ class Session:
         self.micro_batches = range(args.rank * accumulate, (args.rank + 1) * accumulate)
         self.log_every = max(10, min(100, recipe.iterations // 50))
         self.eval_every = args.eval_every or max(1, recipe.iterations // 8)
-        self.save_every = args.save_every or max(1, recipe.iterations // 40)
+        self.save_every, self.saved = args.save_every, time.perf_counter()
         self.start, self.seconds, self.miou, self.signal, self.board = 0, 0.0, None, 0, None
         self.sums: dict[str, tuple[Tensor, int]] = {}  # what was logged since the last log line
         self.named = {"headline": headline, "class_names": list(data.class_names)}
@@ -127,17 +130,19 @@ class Session:
     def end_step(self, iteration: int, pictures: dict[str, Tensor]) -> None:
         """Logs, evaluates and saves when it is time to. Leaves after a signal."""
         done, last = iteration + 1, self.recipe.iterations
-        number = all_max(self.signal)  # a signal may have reached one rank only
+        late = not self.save_every and time.perf_counter() - self.saved > SAVE_AFTER
+        # One rank decides for all. 1 is no signal: it is time to save.
+        number = all_max(self.signal or int(late and self.first))
         evaluating = done % self.eval_every == 0 or done == last
         logging = evaluating or done % self.log_every == 0
-        saving = evaluating or number or done % self.save_every == 0
+        saving = evaluating or number or (self.save_every and done % self.save_every == 0)
         if logging or saving:
             self._log_means(done, logging)
         if evaluating and self.first:
             self._evaluate(done, pictures)
         if saving and self.first:
             self._save(done)
-        if number and done < last:
+        if number > 1 and done < last:
             if self.first:
                 stopped = f"stopped by {signal.Signals(number).name} after iteration {done}"
                 how = f"continue with --resume {shlex.quote(str(self.folder / 'last.pt'))}"
@@ -181,7 +186,7 @@ class Session:
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
         print(f"data: {counts} of {len(self.data.train)} training images, {scored}")
-        compiled = "compiled" if args.compile else "not compiled"
+        compiled = "compiled (the first step may take minutes)" if args.compile else "not compiled"
         print(f"device: {args.device}, {args.precision}, networks {compiled}")
         resumed = f", resumed after iteration {self.start}" if self.start else ""
         print(f"output in {self.folder}{resumed}", flush=True)
@@ -253,6 +258,7 @@ class Session:
             "palette": [list(color) for color in self.data.palette],
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
+        self.saved = time.perf_counter()
         path, partial = self.folder / "last.pt", self.folder / "last.pt.partial"
         try:
             torch.save(checkpoint, partial)

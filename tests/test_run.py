@@ -195,13 +195,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(refused, args, tmp_path, monkeyp
     assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 2
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(refused, args, tmp_path):
-    steps = ("--optimizer", "sgd", "--lr", 1e30, "--iterations", 20, "--save-every", 1)
-    line = refused(*args, *steps, "--output-dir", tmp_path / "run")
+@pytest.mark.parametrize("flags", [("--save-every", 1), ()])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    refused, args, tmp_path, monkeypatch, flags
+):
+    monkeypatch.setattr(run, "SAVE_AFTER", 0.0)  # by default, a run saves when so much time is over
+    steps = ("--optimizer", "sgd", "--lr", 1e10, "--iterations", 20, "--eval-every", 20)
+    line = refused(*args, *steps, *flags, "--output-dir", tmp_path / "run")
     assert "is not finite at step" in line and "lower --lr?" in line
-    if (tmp_path / "run/last.pt").exists():
-        student = read_state(tmp_path / "run")["student"]
-        assert all(tensor.isfinite().all() for tensor in student.values())
+    student = read_state(tmp_path / "run")["student"]
+    assert all(tensor.isfinite().all() for tensor in student.values())
 
 
 HIDING = f"""
@@ -456,14 +459,17 @@ def test_bad_flags_are_one_line(refused, args, tmp_path, monkeypatch, line):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("compiler", "bf16"), [("/usr/bin/gcc", True), (None, False)])
-def test_networks_are_compiled_and_bf16_where_they_can_be(monkeypatch, compiler, bf16):
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize(("capability", "bf16"), [((9, 0), True), ((6, 1), False)])
+def test_networks_are_compiled_and_bf16_where_they_can_be(monkeypatch, compiler, capability, bf16):
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
-    _, args = parse()
-    assert args.device == torch.device("cuda:0") and args.compile == (compiler is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    _, args = parse("--iterations", "5000")
+    assert args.device == torch.device("cuda:0") and args.compile == (compiler and bf16)
+    assert not parse("--iterations", "4999")[1].compile  # compiling takes longer than it saves
     assert args.precision == ("bf16" if bf16 else "fp32")
