@@ -53,6 +53,13 @@ def all_mean(tensor: Tensor) -> None:
         dist.all_reduce(tensor.div_(dist.get_world_size()))
 
 
+def average_statistics(networks) -> None:
+    """Averages the batch-norm statistics of networks, which each rank takes from its own images."""
+    for buffer in (buffer for network in networks for buffer in network.buffers()):
+        if buffer.is_floating_point():
+            all_mean(buffer)
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Concatenates the tensors of all ranks, in every rank: (B,...) -> (ranks*B,...)."""
     if not dist.is_initialized():

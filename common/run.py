@@ -62,7 +62,9 @@ def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
     network.forward = evaluation.autocast(args)(network.forward)
     if args.compile:  # a graph for each batch size; by default the second one would be slower
         network.compile(dynamic=False)
-    return DistributedDataParallel(network) if train and args.ranks > 1 else network
+    if train and args.ranks > 1:  # batch-norm statistics are averaged when they are used
+        return DistributedDataParallel(network, broadcast_buffers=False)
+    return network
 
 
 SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
@@ -138,6 +140,8 @@ class Session:
         saving = evaluating or number or (self.save_every and done % self.save_every == 0)
         if logging or saving:
             self._log_means(done, logging)
+        if saving:
+            ranks.average_statistics(self.networks.values())
         if evaluating and self.first:
             self._evaluate(done, pictures)
         if saving and self.first:
