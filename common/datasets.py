@@ -5,6 +5,7 @@ In this file an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, or 2
 
 import itertools
 import os
+import shutil
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -23,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from common import InputError, cache, layouts, streets, warn
 from common.layouts import INVALID, VOID, read_lines
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow takes very large photographs for attacks
+SILENCE = 60  # seconds after which a run gives up loader processes that give no data
 # Defaults of the flags --labeled and --weights.
 DEFAULTS = {name: {"labeled": "1/8", "weights": "imagenet"} for name in layouts.FILES}
 DEFAULTS["camvid"]["labeled"], DEFAULTS["folder"]["labeled"] = "30", "1.0"
@@ -44,7 +47,9 @@ class Images(Dataset):
         self.label_table = label_table
         self.size = None if size is None else size[::-1]  # as PIL has it: width, height
         self.label_size = None if full_labels else self.size
-        sizes = {_check_pair(image, label) for image, label in self.files}
+        checked = [_check_pair(image, label) for image, label in self.files]
+        _check_palettes(self.files, [palette for _, palette in checked], label_table)
+        sizes = {size for size, _ in checked}
         self.same_size = self.label_size is not None or len(sizes) == 1  # as a batch needs it
         large = self.label_size is not None and max(w * h for w, h in sizes) >= 2**20
         self.cache_dir = cache_dir if large and sizes != {self.size} else None
@@ -75,10 +80,13 @@ class Images(Dataset):
             pixels = torch.from_numpy(cache.read(self.cache, index))
             return pixels[:3], pixels[3]
         image_path, label_path = self.files[index]
-        image = read_image(image_path)  # not turned as its EXIF says, because its label is not
-        label = Image.new("L", image.size, VOID)
-        if label_path is not None:
+        image = read_image(image_path)
+        if label_path is None:
+            image = ImageOps.exif_transpose(image)
+            label = Image.new("L", image.size, VOID)
+        else:
             label = _read_label(label_path, self.label_table)
+            image = image if image.size == label.size else ImageOps.exif_transpose(image)
         if label.size != image.size:
             raise InputError(f"{label_path}: {label.size} pixels, but its image has {image.size}")
         image = image.resize(self.size or image.size, Image.Resampling.BILINEAR)
@@ -134,21 +142,49 @@ def _open_files(name: str, root: Path, size, full_labels: bool) -> Data:
     return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
 
 
-def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:
-    """Reads the headers and returns the width and height that both files have."""
-    size = _open(image_path).size
-    if label_path is not None and label_path.suffix == ".mat":
+def _check_pair(image_path: Path, label_path: Path | None) -> tuple[tuple, bytes | None]:
+    """Reads the headers. Returns the width and height of both files, and the label's palette."""
+    image = _check_mode(_open(image_path), image_path)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
+    size = turned = image.size
+    if orientation >= 5:
+        turned = size[::-1]
+    if label_path is None:
+        return turned, None
+    if label_path.suffix == ".mat":
         with label_path.open("rb") as file:  # reading its size would take too long
             if file.read(10) != b"MATLAB 5.0":
                 raise InputError(f"{label_path}: an empty file, or not a MATLAB 5 file")
-    elif label_path is not None:
-        label = _open(label_path)
-        # Pillow stretches grey values of fewer than 8 bits to 0-255, which changes the ids.
-        if label.format != "PNG" or label.tile[0][3] not in ("L", "P", "P;1", "P;2", "P;4"):
-            raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
-        if label.size != size:
-            raise InputError(f"{label_path}: {label.size} pixels, but {image_path.name} has {size}")
-    return size
+        return size, None
+    label = _open(label_path)
+    mode = label.tile[0][3]
+    # Pillow stretches grey values of fewer than 8 bits to 0-255, which changes the ids.
+    lossless = label.format in ("PNG", "BMP", "TIFF")
+    if not lossless or np.atleast_1d(mode)[0] not in ("L", "P", "P;1", "P;2", "P;4"):
+        raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
+    if label.size not in (size, turned):
+        raise InputError(f"{label_path}: {label.size} pixels, but {image_path.name} has {size}")
+    if orientation > 1 and size == turned:
+        raise InputError(
+            f"{image_path}: EXIF turns it, but is its label turned? Remove the EXIF tag"
+        )
+    return label.size, label.palette.palette if label.mode == "P" else None
+
+
+def _check_palettes(files: list, palettes: list, table: np.ndarray) -> None:
+    """Refuses palettes that give a class id different colours, because ids then differ, too."""
+    used = 3 * np.count_nonzero(table < INVALID)
+    given = [(files[k][1], palette[:used]) for k, palette in enumerate(palettes) if palette]
+    for path, palette in given:
+        if any(a != b for a, b in zip(palette, given[0][1], strict=False)):
+            raise InputError(f"{path}: its palette is not that of {given[0][0]}; are ids the same?")
+
+
+def _check_mode(image, path: Path):
+    """Returns the image. InputError if it has more than 8 bits a channel."""
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
+    return image
 
 
 def _open(path: Path, *, decode: bool = False):
@@ -166,10 +202,7 @@ def _open(path: Path, *, decode: bool = False):
 
 def read_image(path: Path) -> Image.Image:
     """Reads an image as RGB. InputError if it is damaged or has more than 8 bits a channel."""
-    image = _open(path, decode=True)
-    if image.mode.startswith(("I", "F")):
-        raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
-    return image.convert("RGB")
+    return _check_mode(_open(path, decode=True), path).convert("RGB")
 
 
 def _read_label(path: Path, table: np.ndarray) -> Image.Image:
@@ -205,8 +238,9 @@ def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> 
     """Returns the indices of the labeled training images, which the flags choose, and the rest."""
     if args.checkpoint is not None:
         labeled = _find(train, args.checkpoint["labeled_names"], "--resume")
-        if args.checkpoint["training_images"] != len(train):
-            raise InputError("--resume: the training images are not those of the checkpoint")
+        if changed := sorted(set(args.checkpoint["training_names"]) ^ set(train.names)):
+            kind = f"{len(changed)} unlabeled images are new or gone, for example {changed[0]}"
+            warn(f"--resume: {kind}: the run will not equal one without an interruption")
     elif args.labeled_list is not None:
         labeled = _find(train, read_lines(Path(args.labeled_list)), "--labeled-list")
     else:
@@ -219,6 +253,20 @@ def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> 
     if not args.supervised and len(rest) < batch_size:
         raise InputError(f"--batch-size {batch_size}: there are only {len(rest)} unlabeled images")
     return labeled, rest
+
+
+def check_classes(train, labeled: list[int], class_names: tuple) -> None:
+    """Warns of classes that the labeled images lack, and refuses fewer than two classes."""
+    count = np.zeros(256, np.int64)
+    for index in labeled[:1000]:  # more images hardly lack a class
+        count += np.bincount(train[index][1].flatten(), minlength=256)
+    lacking = [name for k, name in enumerate(class_names) if count[k] == 0]
+    void = f"{100 * count[VOID] / count.sum():.1f}% of their pixels are void"
+    if len(lacking) > len(class_names) - 2:
+        text = f"the labeled images hold only the ids {np.flatnonzero(count).tolist()}"
+        raise InputError(f"{text} (255 is void): class ids begin with 0; is 255 your class 1?")
+    if lacking:
+        warn(f"the labeled images have no pixel of {', '.join(lacking)}; {void}")
 
 
 def _find(train: Images, lines: list[str], flag: str) -> list[int]:
@@ -280,9 +328,23 @@ def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device)
         yield image.div_(255), label.to(device, non_blocking=True).long()
 
 
-def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
-    """A DataLoader whose processes leave signals to the main process, which decides what to do."""
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker, **options)
+def loader(dataset: Dataset, workers: int, **options) -> Iterator:
+    """Yields what a DataLoader does. Its processes leave signals to the main process.
+
+    What they load ahead fits in half of the shared memory; some containers have only 64 MB of it.
+    """
+    shared = shutil.disk_usage("/dev/shm").free if workers and Path("/dev/shm").exists() else 2**40
+    if shared < 2**30:
+        batch = sum(tensor.nbytes for tensor in dataset[0]) * (options["batch_size"] or 1)
+        if (fitting := shared // 2 // batch) < 2 * workers:
+            workers = min(workers, fitting)
+            warn(f"{shared / 2**20:.0f} MB of shared memory: {workers} loader processes")
+            options |= {"prefetch_factor": 1 if workers else None}
+    options |= {"worker_init_fn": _start_worker, "timeout": SILENCE if workers else 0}
+    try:
+        yield from DataLoader(dataset, num_workers=workers, **options)
+    except RuntimeError as error:  # a process died, or gave nothing for a minute
+        raise InputError(f"loading images: {error} (fewer --workers?)".splitlines()[0]) from error
 
 
 def _start_worker(_: int) -> None:

@@ -1,6 +1,7 @@
 """IoU of networks, predictions for any picture, and pictures of both."""
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchvision.utils import make_grid
 
 from common import InputError
 from common.datasets import Images, loader, open_dataset, read_image
+from common.layouts import images_in
 
 
 def autocast(args: Namespace) -> torch.autocast:
@@ -42,7 +44,9 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
     Images are predicted whole and compared at the resolution of their labels. Modes are kept.
     """
     images.prepare()
-    batches = loader(images, args.workers, batch_size=8 if images.same_size else 1)
+    pixels = images[0][0][0].numel()
+    batch_size = max(1, min(8, 2**22 // pixels)) if images.same_size else 1
+    batches = loader(images, args.workers, batch_size=batch_size)
     modes = {name: network.training for name, network in networks.items()}
     matrices = dict.fromkeys(networks, 0)
     # With benchmark=True, cuDNN would time its algorithms again for each image size.
@@ -73,16 +77,24 @@ def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
         values = [(*score["iou"], score["miou"])[k] for score in scores.values()]
         texts = ["-" if value is None else f"{100 * value:.2f}" for value in values]
         lines.append(f"{class_name:<{width}}" + "".join(f"{text:>10}" for text in texts))
+    if any(None in score["iou"] for score in scores.values()):
+        lines.append("-: neither in the images nor predicted; the mean leaves it out")
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def predict(network: nn.Module, path: Path, size, device) -> tuple[Image.Image, np.ndarray]:
-    """Returns a picture, turned as its EXIF says, and its predicted classes, (H,W) uint8."""
+def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False):
+    """Returns a picture, turned as its EXIF says, and its predicted classes, (H,W) uint8.
+
+    The network sees it resized to `seen` (height, width), as in training. keep_aspect changes both
+    sides by one factor, to as many pixels.
+    """
     picture = ImageOps.exif_transpose(read_image(path))
     own = picture.height, picture.width
-    scale = (math.prod(size or own) / math.prod(own)) ** 0.5  # to as many pixels as size has
-    seen = [max(8, round(scale * n)) for n in own]
+    if keep_aspect and seen is not None:
+        scale = (math.prod(seen) / math.prod(own)) ** 0.5
+        seen = [max(8, round(scale * n)) for n in own]
+    seen = seen or own
     image = TF.pil_to_tensor(TF.resize(picture, seen))[None].to(device).float().div_(255)
     logits = network.eval().classify(network.features(image), seen)
     logits = F.interpolate(logits, own, mode="bilinear", align_corners=True)
@@ -145,7 +157,8 @@ def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
 
 def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     """Writes NAME.png (predicted classes) and NAME_overlay.png for each picture (--predict)."""
-    paths, folder = [Path(name) for name in args.predict[1:]], Path(args.out)
+    given, folder = [Path(name) for name in args.predict[1:]], Path(args.out)
+    paths = [p for path in given for p in (images_in(path) if path.is_dir() else [path])]
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
         raise InputError(f"--predict: needs a checkpoint and pictures; no file: {missing[:1]}")
@@ -155,9 +168,19 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
         raise InputError(f"--predict: results in {folder} would overwrite a picture or each other")
     headline = _load_network(recipe, args, network, args.checkpoint["headline"])
     folder.mkdir(parents=True, exist_ok=True)
+    failed = False
     for path in paths:
-        picture, prediction = predict(headline, path, recipe.size, args.device)
+        try:
+            size, keep_aspect = recipe.size, args.keep_aspect
+            result = predict(headline, path, size, args.device, keep_aspect=keep_aspect)
+        except InputError as error:
+            print(f"{args.method}.py: {error}", file=sys.stderr)
+            failed = True
+            continue
+        picture, prediction = result
         result, classes = folder / path.stem, colorize(prediction, args.checkpoint["palette"])
         classes.save(f"{result}.png")
         Image.blend(picture, classes.convert("RGB"), 0.5).save(f"{result}_overlay.png")
         print(f"{path} -> {result}.png and {result}_overlay.png")
+    if failed:
+        sys.exit(1)

@@ -46,9 +46,10 @@ class Settings:  # the flags that all methods share; the comments are their help
     tensorboard: bool = False  # also write TensorBoard's files (pip install tensorboard)
     resume: str | None = None  # continue this last.pt; auto: that of the run's folder, if any
     evaluate: str | None = None  # print the IoU of the networks in this last.pt, and end
-    predict: tuple[str, ...] | None = None  # a last.pt, then pictures: label them, and end
+    predict: tuple[str, ...] | None = None  # a last.pt, then pictures or folders: label them
     full_resolution: bool = False  # with --evaluate: keep the labels at their own size
     evaluate_split: Literal["val", "test"] | None = None  # images to score (default: test if any)
+    keep_aspect: bool = False  # with --predict: do not stretch pictures to the training's size
     out: str = "predictions"  # folder for the results of --predict
 
 
@@ -92,7 +93,8 @@ def _stored(checkpoint: dict, values: dict, given: dict) -> dict:
     for name in (*FIXED, *checkpoint["recipe"]):
         if given.get(name, values[name]) != values[name]:
             flag, kept = name.replace("_", "-"), values[name]
-            raise InputError(f"--{flag}: this run was started with {kept}; start a new one")
+            hint = "start a new one; --weights LAST.PT begins with this one's network"
+            raise InputError(f"--{flag}: this run was started with {kept}; {hint}")
     return values
 
 

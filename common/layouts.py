@@ -9,13 +9,16 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 from torchvision.datasets import Cityscapes
 
 from common import InputError, warn
 
 VOID = 255
 INVALID = 254  # in a table: an id that the data set does not have
-IMAGE = r"\.(jpe?g|png|bmp|tiff?|webp)"  # the end of an image's file name
+FORMATS = {"JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "AVIF", "PPM", "TGA"}
+ENDINGS = [end[1:] for end, kind in PIL.Image.registered_extensions().items() if kind in FORMATS]
+IMAGE = rf"\.({'|'.join(ENDINGS)})"  # the end of an image's file name, as far as Pillow reads it
 # Published number of images in each part.
 COUNTS = {
     "cityscapes": {"train": 2975, "val": 500},
@@ -106,8 +109,8 @@ def _folder_files(root: Path):
     if not 2 <= len(names) < INVALID:
         raise InputError(f"{listed}: {len(names)} classes; list 2 to 253, one a line, id 0 first")
     images, labels = root / "images", root / "labels"
-    train = _pairs(images / "train", labels / "train", keep=True)
-    files = {"train": train, "val": _pairs(images / "val", labels / "val")}
+    train = _pairs(images / "train", labels / "train", label=IMAGE, keep=True)
+    files = {"train": train, "val": _pairs(images / "val", labels / "val", label=IMAGE)}
     return files, _table(range(len(names))), names, voc_palette(len(names) + 1)[1:]
 
 
@@ -153,14 +156,25 @@ def _pairs(images: Path, labels: Path, image=IMAGE, label=r"\.png", *, keep=Fals
 
 def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
     """Returns the files below folder that end in a match of ending, by their path without it."""
-    found = {}
+    found, others = {}, []
     for name in sorted(glob("**/*", root_dir=folder, recursive=True)):  # nothing hidden
-        if match := re.fullmatch(f"(.+?){ending}", Path(name).as_posix(), re.IGNORECASE):
+        match = re.fullmatch(f"(.+?){ending}", Path(name).as_posix(), re.IGNORECASE)
+        if match is None and (folder / name).is_file():
+            others.append(name)
+        if match:
             stem = match[1]
             if stem in found:
                 raise InputError(f"{folder / name}: {found[stem].name} beside it has the same name")
             found[stem] = folder / name
+    if others and ending == IMAGE:
+        kinds = ", ".join(sorted({Path(name).suffix for name in others}))
+        warn(f"{folder}: {len(others)} files are left out ({kinds}), for example {others[0]}")
     return found
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Returns the images below a folder."""
+    return list(_by_stem(folder, IMAGE).values())
 
 
 def _table(train_ids) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import InputError, evaluation, ranks
-from common.datasets import Data, MicroBatches, endless
+from common.datasets import Data, MicroBatches, check_classes, endless
 from common.flags import parse_args
 from common.ranks import SIGNALS, all_max
 
@@ -44,11 +44,9 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         line, status = f"stopped by {number.name}", 128 + number
-    except (
-        InputError,
-        OSError,
-        ImportError,
-    ) as error:  # a loader process puts its traceback before the line
+    except torch.OutOfMemoryError:
+        line, status = "out of memory: a smaller --size, --crop or --batch-size helps", 2
+    except (InputError, OSError, ImportError) as error:  # a loader's traceback comes before it
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
     print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -103,6 +101,8 @@ class Session:
         if all_max(self.start) != self.start:
             raise InputError("--resume: ranks found different checkpoints; share the folder")
         self.data.train.prepare(build=False)  # the other ranks of this machine find the cache
+        if self.first and not self.start:
+            check_classes(self.data.train, self.split[0], self.data.class_names)
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
@@ -162,7 +162,7 @@ class Session:
     def _open_folder(self) -> None:
         args, log, config = self.args, self.folder / "log.jsonl", self.folder / "config.json"
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
-        left_out += ("out", "method", "output_dir", "rank", "ranks")
+        left_out += ("out", "keep_aspect", "method", "output_dir", "rank", "ranks")
         git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
         commit = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=here).stdout
         self.config = {
@@ -258,7 +258,7 @@ class Session:
             "means": self.sums,
             "logged": (self.folder / "log.jsonl").stat().st_size,
             "labeled_names": self.names,
-            "training_images": len(self.data.train),
+            "training_names": self.data.train.names,
             "palette": [list(color) for color in self.data.palette],
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }

@@ -74,7 +74,7 @@ def test_images_of_different_sizes_are_scored_whole_and_void_ones_are_refused(fo
 def test_predict_at_any_size_equals_plain_upsampling(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 220, (300, 47, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    picture, prediction = predict(Reader(11), tmp_path / "a.png", (60, 80), CPU)
+    picture, prediction = predict(Reader(11), tmp_path / "a.png", (60, 80), CPU, keep_aspect=True)
     scale = (60 * 80 / (300 * 47)) ** 0.5
     inside = (round(47 * scale), round(300 * scale))
     resized = np.asarray(Image.fromarray(pixels).resize(inside, Image.Resampling.BILINEAR))
@@ -98,6 +98,7 @@ def test_predicted_pictures_hold_ids_and_colors(tmp_path):
     state = {"state": {"student": Reader(2).state_dict()}, "headline": "student"}
     args = Namespace(checkpoint={**state, "class_names": "ab", "palette": palette}, **vars(ARGS))
     args.predict, args.out = ["last.pt", tmp_path / "x.png"], tmp_path / "out"
+    args.keep_aspect = False
     evaluation.predict_pictures(Namespace(size=None), args, lambda *_, pretrained: Reader(2))
     indexed = Image.open(args.out / "x.png")
     assert np.asarray(indexed).tolist() == [[0, 1]]

@@ -1,0 +1,239 @@
+"""Other people's data: nothing is silently wrong, left out or stuck. Each test makes its own."""
+
+import os
+import shutil
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import problems
+from PIL import Image
+
+from common import InputError, datasets, evaluation
+from common.datasets import loader, open_dataset
+
+TINY = """--dataset folder --labeled 1.0 --size 40 64 --weights none --layers 1 1 1 1 --width 4
+--batch-size 2 --workers 0 --aspp-rates 1 2 --crop 32 32 --iterations 2 --warmup 0"""
+
+
+@pytest.fixture
+def run(command, folder, tmp_path):
+    """run(*flags) trains ClassMix on the folder for two steps -> (exit status, stdout, stderr)."""
+    flags = (*TINY.split(), "--data-dir", folder, "--output-dir", tmp_path / "run")
+    return lambda *more: command("classmix", *flags, *more)
+
+
+def relabel(folder, change):
+    """Changes the ids in all labels of the folder."""
+    for path in folder.glob("labels/**/*.png"):
+        Image.fromarray(change(np.asarray(Image.open(path))).astype(np.uint8)).save(path)
+
+
+def turn(path: Path, orientation: int):
+    """Gives a JPEG the EXIF tag that asks a viewer to turn it."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.open(path).save(path, exif=exif, quality=100, subsampling=0)
+
+
+# ---- Classes ----
+
+
+@pytest.mark.parametrize(
+    ("change", "ids"),
+    [
+        (lambda ids: np.where(ids == 1, 255, 0), r"[0, 255]"),  # foreground is 255
+        (lambda ids: np.full_like(ids, 255), r"[255]"),
+    ],
+)
+def test_fewer_than_two_classes_are_refused(run, folder, tmp_path, change, ids):
+    relabel(folder, change)
+    status, _, errors = run()
+    assert status == 2 and f"only the ids {ids}" in errors and "255" in errors
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_classes_that_no_labeled_pixel_has_are_named(run, folder):
+    (folder / "classes.txt").write_text("void\nroad\ncar\nsky\n")  # shifted by one
+    status, printed, errors = run()
+    (line,) = problems(errors)
+    assert status == 0 and line.startswith("warning: the labeled images have no pixel of sky; ")
+    assert "% of their pixels are void" in line
+    lines = printed.splitlines()
+    row = next(line.split()[1:] for line in lines if line.startswith("sky "))
+    assert ("-" in row) == any("the mean leaves it out" in line for line in lines)
+
+
+def test_an_image_without_a_labeled_pixel_counts_nowhere(run, command, folder, tmp_path):
+    assert run()[0] == 0
+    label = folder / "labels/val/sub/0.png"
+    Image.new("L", Image.open(label).size, 255).save(label)
+    evaluate = ("classmix", "--evaluate", tmp_path / "run/last.pt")
+    with_it = command(*evaluate)[1].splitlines()[1:]
+    label.unlink()
+    (folder / "images/val/sub/0.png").unlink()
+    assert command(*evaluate)[1].splitlines()[1:] == with_it
+
+
+# ---- What is predicted is what was scored ----
+
+
+def test_predictions_agree_with_the_score(run, command, folder, tmp_path):
+    for path in folder.glob("*/val/sub/*.png"):  # all of another shape than --size
+        Image.open(path).resize((64, 160), Image.Resampling.NEAREST).save(path)
+    assert run("--iterations", 30, "--lr", 3e-3, "--optimizer", "adam")[0] == 0
+    last, out = tmp_path / "run/last.pt", tmp_path / "out"
+    printed = command("classmix", "--evaluate", last, "--full-resolution")[1]
+    score = float(printed.splitlines()[-1].split()[1])
+    matrices = {}
+    for flags in ((), ("--keep-aspect",)):
+        folders = ("--predict", last, folder / "images/val", "--out", out)
+        assert command("classmix", *folders, *flags)[0] == 0  # a folder: all its images
+        pairs = [(out / f"{k}.png", folder / f"labels/val/sub/{k}.png") for k in range(3)]
+        pairs = [[torch.from_numpy(np.array(Image.open(p))).long() for p in pair] for pair in pairs]
+        matrices[flags] = sum(evaluation.confusion_matrix(*pair, 3) for pair in pairs)
+    scores = [100 * evaluation.class_iou(m).nanmean().item() for m in matrices.values()]
+    assert scores[0] == pytest.approx(score, abs=0.3) and scores[0] != pytest.approx(scores[1])
+
+
+def test_a_bad_picture_among_many(run, command, folder, tmp_path):
+    assert run()[0] == 0
+    path = folder / "images/val/sub/1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    out = tmp_path / "out"
+    flags = ("--predict", tmp_path / "run/last.pt", folder / "images/val", "--out", out)
+    status, _, errors = command("classmix", *flags)
+    assert status == 1 and errors.startswith(f"classmix.py: {path}: ")
+    assert {p.name for p in out.iterdir()} == {
+        f"{k}{end}.png" for k in "02" for end in ("", "_overlay")
+    }
+
+
+# ---- Files ----
+
+
+def test_palettes_that_differ_are_refused(folder):
+    for k, path in enumerate(sorted(folder.glob("labels/train/*.png"))):
+        label = Image.open(path)
+        label.putpalette(
+            [0, 0, 0, 250, 0, 0, 0, 250, 0] if k < 3 else [0, 0, 0, 0, 250, 0, 250, 0, 0]
+        )
+        label.save(path)
+    with pytest.raises(InputError, match=r"street 3.png: its palette .* of .*street 0.png"):
+        open_dataset("folder", folder)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_unlabeled_photographs_are_turned(folder, orientation):
+    path = folder / "images/train/street 8.jpg"
+    before = np.asarray(Image.open(path))
+    turn(path, orientation)
+    data = open_dataset("folder", folder)
+    image, label = data.train[8]
+    expected = np.rot90(before, 2 if orientation == 3 else -1)
+    assert image.shape[1:] == label.shape == expected.shape[:2]
+    assert np.abs(image.movedim(0, 2).numpy() - expected.astype(int)).max() < 30
+
+
+def test_a_labeled_photograph_is_turned_where_its_label_is(folder):
+    path, label_path = folder / "images/train/street 2.jpg", folder / "labels/train/street 2.png"
+    before, label = np.asarray(Image.open(path)), np.asarray(Image.open(label_path))
+    turn(path, 6)
+    image, _ = open_dataset("folder", folder).train[2]
+    assert image.shape[1:] == before.shape[:2]  # the label fits the stored pixels only
+    Image.fromarray(np.rot90(label, -1)).save(label_path)
+    image, _ = open_dataset("folder", folder).train[2]
+    assert np.abs(image.movedim(0, 2).numpy() - np.rot90(before, -1).astype(int)).max() < 30
+    turn(path, 3)
+    Image.fromarray(label).save(label_path)
+    with pytest.raises(InputError, match=r"street 2.jpg: EXIF turns it"):
+        open_dataset("folder", folder)
+
+
+def test_files_that_are_left_out_are_told(folder, capsys):
+    (folder / "images/train/photo.heic").write_bytes(b"heic")
+    (folder / "images/train/notes.txt").write_text("notes")
+    open_dataset("folder", folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "images/train: 2 files are left out (.heic, .txt), for example notes.txt" in line
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "jpg"])
+def test_labels_in_other_formats(folder, suffix):
+    path = folder / "labels/train/street 1.png"
+    ids = np.asarray(Image.open(path))
+    Image.open(path).save(path.with_suffix(f".{suffix}"))
+    path.unlink()
+    if suffix == "jpg":
+        with pytest.raises(InputError, match=r"street 1.jpg: a label is an 8-bit"):
+            open_dataset("folder", folder)
+    else:
+        assert np.array_equal(open_dataset("folder", folder).train[1][1], ids)
+
+
+def test_a_16_bit_image_is_refused_at_the_start(folder):
+    Image.fromarray(np.zeros((60, 64), np.uint16)).save(folder / "images/train/deep.png")
+    with pytest.raises(InputError, match=r"deep.png: more than 8 bits a channel"):
+        open_dataset("folder", folder)
+
+
+def test_a_very_large_photograph_is_read(monkeypatch, tmp_path):
+    assert Image.MAX_IMAGE_PIXELS is None
+    Image.new("L", (20_000, 10_000)).save(tmp_path / "large.png")  # Pillow's limit is 179 million
+    assert datasets.read_image(tmp_path / "large.png").size == (20_000, 10_000)
+
+
+def test_resuming_without_an_unlabeled_image(run, command, folder, tmp_path):
+    assert run("--save-every", 1)[0] == 0
+    (folder / "images/train/street 9.jpg").unlink()
+    status, _, errors = command("classmix", "--resume", tmp_path / "run/last.pt")
+    assert status == 0 and "1 unlabeled images are new or gone, for example street 9" in errors
+    shutil.move(folder / "images/train/street 0.jpg", folder / "images/train/moved.jpg")
+    shutil.move(folder / "labels/train/street 0.png", folder / "labels/train/moved.png")
+    status, _, errors = command("classmix", "--resume", tmp_path / "run/last.pt")
+    assert status == 2 and "street 0" in errors
+
+
+# ---- Loading ----
+
+
+class Slow(torch.utils.data.Dataset):
+    """Items of one megabyte; the second one takes long or its process dies."""
+
+    def __init__(self, act=lambda: None):
+        self.act = act
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            self.act()
+        return torch.zeros(2**20, dtype=torch.uint8), torch.tensor(index)
+
+
+def test_loaders_stay_within_shared_memory(monkeypatch, capsys):
+    usage, made = namedtuple("usage", "free"), []
+    real = datasets.DataLoader
+
+    def make(*args, **options):
+        made.append((options["num_workers"], options.get("prefetch_factor", 2)))
+        return real(*args, **options)
+
+    monkeypatch.setattr(datasets, "DataLoader", make)
+    for free, expected in ((2**40, (4, 2)), (64, (4, 2)), (7, (3, 1)), (1, (0, None))):
+        monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _, free=free: usage(free * 2**20))
+        assert len(list(loader(Slow(), 4, batch_size=None))) == 4
+        assert made[-1] == expected
+        assert ("MB of shared memory" in capsys.readouterr().err) == (free < 16)
+
+
+@pytest.mark.parametrize("act", [lambda: os._exit(1), lambda: time.sleep(9)])
+def test_a_loader_that_dies_or_is_silent_ends_the_run_with_one_line(monkeypatch, act):
+    monkeypatch.setattr(datasets, "SILENCE", 2)
+    with pytest.raises(InputError, match="loading images: DataLoader") as caught:
+        list(loader(Slow(act), 1, batch_size=None))
+    assert "\n" not in str(caught.value)
