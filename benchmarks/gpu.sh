@@ -15,7 +15,7 @@ out=$(mkdir -p "$1" && realpath "$1") && shift
 camvid=$(realpath -m "${CAMVID:-data/camvid}") all="compiled tests cli bf16 fp32"
 export out camvid PYTHON=${PYTHON:-python} jobs='' tiny='' crop='' short='' steps=10 stopped=400 seeds='0 1 2' patience=1
 if [ "${1:-}" = --dry ]; then
-    shift && all="tests cli fp32" patience=5 jobs=2 short="--iterations 10 --warmup 2 --eval-every 10" steps=1 stopped=8 seeds=0
+    shift && all="tests cli fp32" patience=20 jobs=2 short="--iterations 10 --warmup 2 --eval-every 10" steps=1 stopped=8 seeds=0
     tiny="--layers 1 1 1 1 --width 4 --size 32 64" crop="--layers 1 1 1 1 --width 4 --crop 32 32 --batch-size 2"
 fi
 parts=" ${*:-$all precision streets camvid} "

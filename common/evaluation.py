@@ -1,5 +1,6 @@
 """IoU of networks, predictions for any picture, and pictures of both."""
 
+import itertools
 import math
 import sys
 from argparse import Namespace
@@ -37,6 +38,24 @@ def class_iou(matrix: Tensor) -> Tensor:
     return hits / (matrix.sum(0) + matrix.sum(1) - hits)
 
 
+def segment(network: nn.Module, image: Tensor, size, crop=None) -> Tensor:
+    """Logits at a size, (B,3,H,W) -> (B,K,*size); with a crop, means over overlapping windows."""
+    if crop is None:
+        return network.classify(network.features(image), size)
+    (height, width), total, count = image.shape[-2:], 0, 0
+    h, w = min(height, crop[0]), min(width, crop[1])
+    tops, lefts = (
+        np.linspace(0, n - m, 1 + math.ceil(1.5 * (n - m) / m), dtype=int).tolist()
+        for n, m in ((height, h), (width, w))
+    )
+    for top, left in itertools.product(tops, lefts):
+        part = image[..., top : top + h, left : left + w]
+        logits = network.classify(network.features(part), (h, w))
+        padding = (left, width - left - w, top, height - top - h)
+        total, count = total + F.pad(logits, padding), count + F.pad(logits * 0 + 1, padding)
+    return F.interpolate(total / count, size, mode="bilinear", align_corners=True)
+
+
 @torch.no_grad()
 def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) -> dict[str, dict]:
     """Returns {"miou": ..., "iou": [...]} of each network in eval mode; an IoU of NaN is None.
@@ -56,7 +75,7 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
             label = label.to(args.device).long()
             for name, network in networks.items():
                 network.eval()
-                logits = network.classify(network.features(image), label.shape[-2:])
+                logits = segment(network, image, label.shape[-2:], args.eval_crop)
                 matrices[name] += confusion_matrix(logits.argmax(1), label, num_classes).cpu()
     scores = {}
     for name, matrix in matrices.items():
@@ -83,7 +102,7 @@ def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False):
+def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False, crop=None):
     """Returns a picture, turned as its EXIF says, and its predicted classes, (H,W) uint8.
 
     The network sees it resized to `seen` (height, width), as in training. keep_aspect changes both
@@ -96,8 +115,7 @@ def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False):
         seen = [max(8, round(scale * n)) for n in own]
     seen = seen or own
     image = TF.pil_to_tensor(TF.resize(picture, seen))[None].to(device).float().div_(255)
-    logits = network.eval().classify(network.features(image), seen)
-    logits = F.interpolate(logits, own, mode="bilinear", align_corners=True)
+    logits = segment(network.eval(), image, own, crop)
     return picture, logits.argmax(1)[0].byte().cpu().numpy()
 
 
@@ -171,8 +189,8 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     failed = False
     for path in paths:
         try:
-            size, keep_aspect = recipe.size, args.keep_aspect
-            result = predict(headline, path, size, args.device, keep_aspect=keep_aspect)
+            how = {"keep_aspect": args.keep_aspect, "crop": args.eval_crop}
+            result = predict(headline, path, recipe.size, args.device, **how)
         except InputError as error:
             print(f"{args.method}.py: {error}", file=sys.stderr)
             failed = True

@@ -49,6 +49,7 @@ class Settings:  # the flags that all methods share; the comments are their help
     predict: tuple[str, ...] | None = None  # a last.pt, then pictures or folders: label them
     full_resolution: bool = False  # with --evaluate: keep the labels at their own size
     evaluate_split: Literal["val", "test"] | None = None  # images to score (default: test if any)
+    eval_crop: tuple[Count, Count] | None = None  # evaluate and predict in windows of this size
     keep_aspect: bool = False  # with --predict: do not stretch pictures to the training's size
     out: str = "predictions"  # folder for the results of --predict
 

@@ -45,7 +45,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         line, status = f"stopped by {number.name}", 128 + number
     except torch.OutOfMemoryError:
-        line, status = "out of memory: a smaller --size, --crop or --batch-size helps", 2
+        line, status = "out of memory: lower --batch-size, --size, --crop or --eval-crop", 2
     except (InputError, OSError, ImportError) as error:  # a loader's traceback comes before it
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
     print(f"{method}.py: {line}", file=sys.stderr, flush=True)

@@ -100,7 +100,7 @@ def test_evaluation_is_that_of_a_cpu(monkeypatch):
     torch.manual_seed(0)
     network = DeepLabV2(data.num_classes, layers=(1, 1, 1, 1), width=8, rates=(1, 2))
     for device in (DEVICE, "cpu"):
-        args = Namespace(device=torch.device(device), precision="fp32", workers=0)
+        args = Namespace(device=torch.device(device), precision="fp32", workers=0, eval_crop=None)
         networks = {"student": network.to(device)}
         scores = evaluation.evaluate(networks, data.val, data.num_classes, args)["student"]
         iou[device] = [value or 0.0 for value in scores["iou"]]

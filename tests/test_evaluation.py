@@ -14,7 +14,7 @@ from common.datasets import open_dataset
 from common.evaluation import class_iou, confusion_matrix, evaluate, predict
 
 CPU = torch.device("cpu")
-ARGS = Namespace(device=CPU, workers=0, precision="fp32", weights="none")
+ARGS = Namespace(device=CPU, workers=0, precision="fp32", weights="none", eval_crop=None)
 
 
 def test_iou_by_hand():
@@ -71,6 +71,19 @@ def test_images_of_different_sizes_are_scored_whole_and_void_ones_are_refused(fo
         evaluate({"student": Reader(3)}, data.val, 3, ARGS)
 
 
+@pytest.mark.parametrize("crop", [(20, 30), (48, 64), (7, 64), (100, 9)])
+def test_windows_cover_the_image(crop):
+    """A network of single pixels gives the same, and each window has the crop's size at most."""
+    image, network, seen = torch.rand(2, 3, 48, 64), Reader(11).eval(), []
+    features = network.features
+    network.features = lambda part: seen.append(part.shape[-2:]) or features(part)
+    found = evaluation.segment(network, image, (96, 128), crop)
+    whole = network.classify(image, (48, 64))
+    wanted = F.interpolate(whole, (96, 128), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(found, wanted)
+    assert set(seen) == {(min(48, crop[0]), min(64, crop[1]))}
+
+
 def test_predict_at_any_size_equals_plain_upsampling(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 220, (300, 47, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -79,8 +92,7 @@ def test_predict_at_any_size_equals_plain_upsampling(tmp_path):
     inside = (round(47 * scale), round(300 * scale))
     resized = np.asarray(Image.fromarray(pixels).resize(inside, Image.Resampling.BILINEAR))
     image = torch.from_numpy(resized.copy()).movedim(2, 0)[None].float() / 255
-    logits = Reader(11).eval().classify(image, image.shape[-2:])
-    wanted = F.interpolate(logits, (300, 47), mode="bilinear", align_corners=True)
+    wanted = Reader(11).eval().classify(image, (300, 47))
     assert prediction.dtype == np.uint8 and picture.size == (47, 300)
     assert (wanted.argmax(1)[0].numpy() == prediction).mean() > 0.999
 
