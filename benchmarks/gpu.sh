@@ -9,7 +9,8 @@
 #     cli        each file from the command line: stopped by SIGTERM, then resumed
 #     bf16, fp32 speed of the recipes, not compiled; precision: losses of ClassMix in both
 #     streets    ClassMix and its baseline with three seeds; camvid: the same on CamVid
-# Environment: PYTHON (default python), CAMVID (folder of CamVid, default data/camvid).
+# Environment: PYTHON (default python), CAMVID (folder of CamVid, default data/camvid), ONLY (a pattern
+# of the recipes to be timed).
 set -uo pipefail
 out=$(mkdir -p "$1" && realpath "$1") && shift
 camvid=$(realpath -m "${CAMVID:-data/camvid}") all="compiled tests cli bf16 fp32"
@@ -32,7 +33,7 @@ recipes() { # prepares all recipes at once; then they take turns to be timed
         $speed c3semiseg $* $tiny ${jobs:+--crop 32 64 --batch-size 4 --per-class 4} --dataset cityscapes
         $speed --data classmix $* $tiny --dataset streets"
     [ -d "$camvid" ] && lines+=$'\n'"$speed --data classmix $* $tiny --dataset camvid --data-dir '$camvid'"
-    at_once 7 <<< "$lines"
+    grep -E "${ONLY:-.}" <<< "$lines" | at_once 7
 }
 untimed() { exec 9> "$out/turn" && flock --shared 9; } # until this part ends, nothing is timed
 tests() {
