@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -136,48 +136,55 @@ def _open_files(name: str, root: Path, size, full_labels: bool) -> Data:
 
 def _check_pair(image_path: Path, label_path: Path | None) -> tuple[int, int]:
     """Reads the headers and returns the width and height that both files have."""
-    size = _open(image_path).size
+    size = _read(image_path, lambda image: image.size)
     if label_path is not None and label_path.suffix == ".mat":
         with label_path.open("rb") as file:  # reading its size would take too long
             if file.read(10) != b"MATLAB 5.0":
                 raise InputError(f"{label_path}: an empty file, or not a MATLAB 5 file")
     elif label_path is not None:
-        label = _open(label_path)
+        label = _read(label_path, lambda label: (label.format, label.tile[0][3], label.size))
         # Pillow stretches grey values of fewer than 8 bits to 0-255, which changes the ids.
-        if label.format != "PNG" or label.tile[0][3] not in ("L", "P", "P;1", "P;2", "P;4"):
+        if label[0] != "PNG" or label[1] not in ("L", "P", "P;1", "P;2", "P;4"):
             raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
-        if label.size != size:
-            raise InputError(f"{label_path}: {label.size} pixels, but {image_path.name} has {size}")
+        if label[2] != size:
+            raise InputError(f"{label_path}: {label[2]} pixels, but {image_path.name} has {size}")
     return size
 
 
-def _open(path: Path, *, decode: bool = False):
-    """Opens an image, its header or all of it, or reads the class ids in a .mat file of SBD."""
+def _read(path: Path, use: Callable):
+    """Returns use(image), or use(class ids) of a .mat file of SBD. Every error names the file."""
     try:
         if path.suffix == ".mat":
-            return loadmat(path)["GTcls"][0, 0]["Segmentation"]
+            return use(loadmat(path)["GTcls"][0, 0]["Segmentation"])
         with Image.open(path) as image:
-            if decode:
-                image.load()
-            return image
+            return use(image)
+    except InputError:
+        raise
     except Exception as error:  # a damaged file raises nearly any type
-        raise InputError(f"{path}: a damaged file, an empty file or no image ({error})") from error
+        problem = f"a damaged file, an empty file or no image ({' '.join(str(error).split())})"
+        raise InputError(f"{path}: {problem}") from error
 
 
-def read_image(path: Path) -> Image.Image:
-    """Reads an image as RGB. InputError if it is damaged or has more than 8 bits a channel."""
-    image = _open(path, decode=True)
-    if image.mode.startswith(("I", "F")):
-        raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
-    return image.convert("RGB")
+def read_image(path: Path, *, upright: bool = False) -> Image.Image:
+    """Reads an image of at most 8 bits a channel as RGB. upright turns it as its EXIF says."""
+
+    def use(image: Image.Image) -> Image.Image:
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
+        return ImageOps.exif_transpose(image.convert("RGB")) if upright else image.convert("RGB")
+
+    return _read(path, use)
 
 
 def _read_label(path: Path, table: np.ndarray) -> Image.Image:
-    ids, known = np.asarray(_open(path, decode=True)), np.flatnonzero(table != INVALID)
-    wrong = np.setdiff1d(ids, known)
-    if len(wrong) > 0:
-        raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
-    return Image.fromarray(table[ids.astype(np.uint8)])
+    def use(ids) -> Image.Image:
+        known = np.flatnonzero(table != INVALID)
+        wrong = np.setdiff1d(ids, known)
+        if len(wrong) > 0:
+            raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
+        return Image.fromarray(table[np.asarray(ids).astype(np.uint8)])
+
+    return _read(path, use)
 
 
 def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tuple[list, list]:

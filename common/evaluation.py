@@ -79,7 +79,7 @@ def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
 @torch.no_grad()
 def predict(network: nn.Module, path: Path, size, device) -> tuple[Image.Image, np.ndarray]:
     """Returns a picture, turned as its EXIF says, and its predicted classes, (H,W) uint8."""
-    picture = ImageOps.exif_transpose(read_image(path))
+    picture = read_image(path, upright=True)
     own = picture.height, picture.width
     scale = (math.prod(size or own) / math.prod(own)) ** 0.5  # to as many pixels as size has
     seen = [max(8, round(scale * n)) for n in own]

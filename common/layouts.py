@@ -4,6 +4,7 @@ FILES[name](folder) returns the files, {part: {name: (image path, label path or 
 from label ids to training ids, (256,) uint8, the class names and their colours (RGB 0-255).
 """
 
+import codecs
 import re
 from glob import glob
 from pathlib import Path
@@ -105,6 +106,8 @@ def _folder_files(root: Path):
     names = read_lines(listed) if listed.is_file() else []
     if not 2 <= len(names) < INVALID:
         raise InputError(f"{listed}: {len(names)} classes; list 2 to 253, one a line, id 0 first")
+    if twice := sorted(name for name in names if names.count(name) > 1):
+        raise InputError(f"{listed}: {twice[0]} is listed twice")
     images, labels = root / "images", root / "labels"
     train = _pairs(images / "train", labels / "train", keep=True)
     files = {"train": train, "val": _pairs(images / "val", labels / "val")}
@@ -121,9 +124,15 @@ FILES = {
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a text file, stripped, without the blank ones."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    """Returns the lines of UTF-8 or marked UTF-16 text, stripped, without the blank ones."""
+    data, utf_16 = path.read_bytes(), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        text = data.decode("utf-16" if data.startswith(utf_16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: neither UTF-8 nor UTF-16; save it as UTF-8") from error
+    if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\U0010ffff]", text):
+        raise InputError(f"{path}: holds the control character {wrong[0]!a}; save it as UTF-8")
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
 def _find(root: Path, inside: str, *places: str, child: str = "train") -> Path:
@@ -157,6 +166,8 @@ def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
     for name in sorted(glob("**/*", root_dir=folder, recursive=True)):  # nothing hidden
         if match := re.fullmatch(f"(.+?){ending}", Path(name).as_posix(), re.IGNORECASE):
             stem = match[1]
+            if not (folder / name).is_file():  # opening a named pipe would wait for ever
+                raise InputError(f"{folder / name}: not a file")
             if stem in found:
                 raise InputError(f"{folder / name}: {found[stem].name} beside it has the same name")
             found[stem] = folder / name
