@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -158,33 +158,24 @@ def _read(path: Path, use: Callable):
             return use(loadmat(path)["GTcls"][0, 0]["Segmentation"])
         with Image.open(path) as image:
             return use(image)
-    except InputError:
-        raise
     except Exception as error:  # a damaged file raises nearly any type
-        problem = f"a damaged file, an empty file or no image ({' '.join(str(error).split())})"
-        raise InputError(f"{path}: {problem}") from error
+        raise InputError(f"{path}: a damaged file, an empty file, no image ({error!r})") from error
 
 
-def read_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """Reads an image of at most 8 bits a channel as RGB. upright turns it as its EXIF says."""
-
-    def use(image: Image.Image) -> Image.Image:
-        if image.mode.startswith(("I", "F")):
-            raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
-        return ImageOps.exif_transpose(image.convert("RGB")) if upright else image.convert("RGB")
-
-    return _read(path, use)
+def read_image(path: Path, turn: Callable = lambda image: image) -> Image.Image:
+    """Reads an image as RGB and turns it. InputError if it has more than 8 bits a channel."""
+    mode, image = _read(path, lambda image: (image.mode, turn(image.convert("RGB"))))
+    if mode.startswith(("I", "F")):
+        raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
+    return image
 
 
 def _read_label(path: Path, table: np.ndarray) -> Image.Image:
-    def use(ids) -> Image.Image:
-        known = np.flatnonzero(table != INVALID)
-        wrong = np.setdiff1d(ids, known)
-        if len(wrong) > 0:
-            raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
-        return Image.fromarray(table[np.asarray(ids).astype(np.uint8)])
-
-    return _read(path, use)
+    known = np.flatnonzero(table != INVALID)
+    ids, wrong = _read(path, lambda ids: (np.asarray(ids), np.setdiff1d(ids, known)))
+    if len(wrong) > 0:
+        raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
+    return Image.fromarray(table[ids.astype(np.uint8)])
 
 
 def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tuple[list, list]:

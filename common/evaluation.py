@@ -79,7 +79,7 @@ def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
 @torch.no_grad()
 def predict(network: nn.Module, path: Path, size, device) -> tuple[Image.Image, np.ndarray]:
     """Returns a picture, turned as its EXIF says, and its predicted classes, (H,W) uint8."""
-    picture = read_image(path, upright=True)
+    picture = read_image(path, ImageOps.exif_transpose)
     own = picture.height, picture.width
     scale = (math.prod(size or own) / math.prod(own)) ** 0.5  # to as many pixels as size has
     seen = [max(8, round(scale * n)) for n in own]
@@ -119,13 +119,22 @@ def _tile(values: Tensor, palette: Sequence) -> Tensor:
     return TF.pil_to_tensor(colorize(values.byte().numpy(), palette).convert("RGB"))
 
 
+def load_state(parts: dict, checkpoint: dict) -> None:
+    """Loads networks, optimizer and the like. InputError for one that does not fit."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint["state"][name])
+            kept = getattr(part, "state", {}).items()  # of an optimizer
+            [t.expand_as(p) for p, own in kept for t in own.values() if torch.is_tensor(t)]
+        except Exception as error:  # KeyError, RuntimeError, ValueError and more
+            problem = f"its {name} does not fit the network of these flags"
+            raise InputError(f"{checkpoint['path']}: {problem}") from error
+
+
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
     classes = args.checkpoint["class_names"]
     loaded = network(recipe, len(classes), pretrained=args.weights != "none")
-    try:
-        loaded.load_state_dict(args.checkpoint["state"][name])
-    except RuntimeError as error:
-        raise InputError("the checkpoint does not fit the network of these flags") from error
+    load_state({name: loaded}, args.checkpoint)
     return loaded.to(args.device)
 
 

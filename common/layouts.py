@@ -4,7 +4,6 @@ FILES[name](folder) returns the files, {part: {name: (image path, label path or 
 from label ids to training ids, (256,) uint8, the class names and their colours (RGB 0-255).
 """
 
-import codecs
 import re
 from glob import glob
 from pathlib import Path
@@ -37,9 +36,8 @@ def _cityscapes_files(root: Path):
 
     gtFine/ holds *_labelIds.png, or *_labelTrainIds.png for every image. There is no test part.
     """
-    images = _find(
-        root, "cityscapes", "leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images"
-    )
+    places = ("leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images")
+    images = _find(root, "cityscapes", *places)
     labels = _find(root, "cityscapes", "gtFine", "gtFine_trainvaltest/gtFine", "segmentation")
     endings = (r"_gtFine\.png", r"_gtFine_labelTrainIds\.png", r"_gtFine_labelIds\.png")
     ending = max(endings, key=lambda ending: len(_by_stem(labels, ending)))
@@ -125,13 +123,11 @@ FILES = {
 
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of UTF-8 or marked UTF-16 text, stripped, without the blank ones."""
-    data, utf_16 = path.read_bytes(), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    try:
-        text = data.decode("utf-16" if data.startswith(utf_16) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: neither UTF-8 nor UTF-16; save it as UTF-8") from error
-    if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\U0010ffff]", text):
-        raise InputError(f"{path}: holds the control character {wrong[0]!a}; save it as UTF-8")
+    data = path.read_bytes()
+    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = data.decode(code, errors="replace")
+    if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\ufffc\U00010000-\U0010ffff]", text):
+        raise InputError(f"{path}: not UTF-8, or has control characters ({wrong[0]!a})")
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 

@@ -16,18 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, evaluation, ranks
+from common import InputError, evaluation, interrupt, ranks
 from common.datasets import Data, MicroBatches, endless
+from common.deeplab import unsound
 from common.flags import parse_args
 from common.ranks import SIGNALS, all_max
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
     """Runs the command of a method file. A user's mistake or a signal ends it with one line."""
-
-    def interrupt(number: int, _) -> None:
-        raise KeyboardInterrupt(number)
-
     for number in SIGNALS:
         signal.signal(number, interrupt)
     try:
@@ -43,14 +40,12 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         return
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        line, status = f"stopped by {number.name}", 128 + number
-    except (
-        InputError,
-        OSError,
-        ImportError,
-    ) as error:  # a loader process puts its traceback before the line
+        line, status = f"stopped by {number.name}{''.join(error.args[1:])}", 128 + number
+    except (InputError, OSError, ImportError) as error:
+        # A loader process puts its traceback before the line.
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
-    print(f"{method}.py: {line}", file=sys.stderr, flush=True)
+    if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
+        print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -106,8 +101,7 @@ class Session:
     def _load(self, checkpoint: dict) -> None:
         if checkpoint["class_names"] != list(self.data.class_names):
             raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
-        for name, part in self.state.items():
-            part.load_state_dict(checkpoint["state"][name])
+        evaluation.load_state(self.state, checkpoint)
         self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
         self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
 
@@ -138,16 +132,17 @@ class Session:
         if saving and self.first:
             self._save(done)
         if number and done < last:
-            if self.first:
-                stopped = f"stopped by {signal.Signals(number).name} after iteration {done}"
-                how = f"continue with --resume {shlex.quote(str(self.folder / 'last.pt'))}"
-                print(f"{self.args.method}.py: {stopped}; {how}", file=sys.stderr)
             ranks.leave()
-            sys.exit(128 + number)
+            raise KeyboardInterrupt(number, f" after iteration {done}{self._how()}")
+
+    def _how(self) -> str:
+        last = self.folder / "last.pt"
+        return f"; continue with --resume {shlex.quote(str(last))}" if last.exists() else ""
 
     def _on_signal(self, number: int, _) -> None:
-        if self.signal and self.args.ranks == 1:  # a second Ctrl-C; torchrun repeats its signals
-            raise KeyboardInterrupt(number)
+        saving = (self.folder / "last.pt.partial").exists()
+        if self.signal and self.args.ranks == 1 and not saving:  # torchrun repeats its signals
+            raise KeyboardInterrupt(number, self._how())  # a second Ctrl-C does not wait
         self.signal = number
 
     def _open_folder(self) -> None:
@@ -170,6 +165,7 @@ class Session:
             self.board = SummaryWriter(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         log.touch()
+        (self.folder / "last.pt.partial").unlink(missing_ok=True)  # of a killed run
         # A killed run repeats the steps after its last checkpoint.
         os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if self.start else 0)
         if args.checkpoint is None or not config.exists():
@@ -254,11 +250,15 @@ class Session:
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
         path, partial = self.folder / "last.pt", self.folder / "last.pt.partial"
+        if problem := unsound(checkpoint["state"]):
+            raise InputError(f"{problem} at step {done}{self._how()}")
         try:
-            torch.save(checkpoint, partial)
-            with partial.open("rb+") as file:  # a power failure could leave an empty file
-                os.fsync(file.fileno())
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # a power failure could leave an empty file
             os.replace(partial, path)
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
             partial.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise OSError(f"{path}: cannot be written ({cause})") from error
