@@ -127,8 +127,7 @@ def load_state(parts: dict, checkpoint: dict) -> None:
             kept = getattr(part, "state", {}).items()  # of an optimizer
             [t.expand_as(p) for p, own in kept for t in own.values() if torch.is_tensor(t)]
         except Exception as error:  # KeyError, RuntimeError, ValueError and more
-            problem = f"its {name} does not fit the network of these flags"
-            raise InputError(f"{checkpoint['path']}: {problem}") from error
+            raise InputError(f"{checkpoint['path']}: {name} does not fit these flags") from error
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:

@@ -198,12 +198,12 @@ def read_checkpoint(path: Path, method: str) -> dict:
     except Exception as error:  # torch.load raises nearly any type on a foreign file
         problem = "not a checkpoint, or a damaged one" if path.is_file() else "no such checkpoint"
         raise InputError(f"{path}: {problem}") from error
-    missing = set(KEYS.split()) - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
+    if missing := set(KEYS.split()) - set(checkpoint if isinstance(checkpoint, dict) else ()):
         raise InputError(f"{path}: not a checkpoint of this repository, lacks {min(missing)!r}")
     if checkpoint["method"] != method:
         raise InputError(f"{path}: a checkpoint of {checkpoint['method']}, not of {method}")
-    problem = unsound(checkpoint["state"])
-    if problem or not 0 <= checkpoint["iteration"] <= checkpoint["recipe"].get("iterations", 0):
-        raise InputError(f"{path}: damaged, {problem or 'iteration'}")
+    if problem := unsound(checkpoint["state"]) or "negative iteration" * (
+        checkpoint["iteration"] < 0
+    ):
+        raise InputError(f"{path}: damaged ({problem})")
     return {**checkpoint, "path": path}

@@ -124,8 +124,9 @@ FILES = {
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of UTF-8 or marked UTF-16 text, stripped, without the blank ones."""
     data = path.read_bytes()
-    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    text = data.decode(code, errors="replace")
+    text = data.decode(
+        "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace"
+    )
     if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\ufffc\U00010000-\U0010ffff]", text):
         raise InputError(f"{path}: not UTF-8, or has control characters ({wrong[0]!a})")
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
@@ -161,12 +162,12 @@ def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
     found = {}
     for name in sorted(glob("**/*", root_dir=folder, recursive=True)):  # nothing hidden
         if match := re.fullmatch(f"(.+?){ending}", Path(name).as_posix(), re.IGNORECASE):
-            stem = match[1]
-            if not (folder / name).is_file():  # opening a named pipe would wait for ever
-                raise InputError(f"{folder / name}: not a file")
+            stem, path = match[1], folder / name
+            if not path.is_file():  # opening a named pipe would wait for ever
+                raise InputError(f"{path}: not a file")
             if stem in found:
-                raise InputError(f"{folder / name}: {found[stem].name} beside it has the same name")
-            found[stem] = folder / name
+                raise InputError(f"{path}: {found[stem].name} beside it has the same name")
+            found[stem] = path
     return found
 
 

@@ -70,6 +70,7 @@ class Session:
     def __init__(self, recipe, args, data: Data, split, state, *, headline: str, accumulate=None):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
         self.headline, self.folder, self.first = headline, args.output_dir, args.rank == 0
+        self.last, self.partial = self.folder / "last.pt", self.folder / "last.pt.partial"
         self.names = [data.train.names[index] for index in split[0]]
         self.networks = {name: state[name] for name in ("student", "teacher")}
         self.part, self.images = data.scored(args.evaluate_split)
@@ -126,7 +127,7 @@ class Session:
         logging = evaluating or done % self.log_every == 0
         saving = evaluating or number or done % self.save_every == 0
         if logging or saving:
-            self._log_means(done, logging)
+            self._log_means(done, logging, saving)
         if evaluating and self.first:
             self._evaluate(done, pictures)
         if saving and self.first:
@@ -136,13 +137,13 @@ class Session:
             raise KeyboardInterrupt(number, f" after iteration {done}{self._how()}")
 
     def _how(self) -> str:
-        last = self.folder / "last.pt"
-        return f"; continue with --resume {shlex.quote(str(last))}" if last.exists() else ""
+        resume = f"; continue with --resume {shlex.quote(str(self.last))}"
+        return resume if self.last.exists() else ""
 
     def _on_signal(self, number: int, _) -> None:
-        saving = (self.folder / "last.pt.partial").exists()
-        if self.signal and self.args.ranks == 1 and not saving:  # torchrun repeats its signals
-            raise KeyboardInterrupt(number, self._how())  # a second Ctrl-C does not wait
+        # A second Ctrl-C waits only for a checkpoint to be written. torchrun repeats its signals.
+        if self.signal and self.args.ranks == 1 and not self.partial.exists():
+            raise KeyboardInterrupt(number, self._how())
         self.signal = number
 
     def _open_folder(self) -> None:
@@ -165,7 +166,7 @@ class Session:
             self.board = SummaryWriter(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         log.touch()
-        (self.folder / "last.pt.partial").unlink(missing_ok=True)  # of a killed run
+        self.partial.unlink(missing_ok=True)  # of a killed run
         # A killed run repeats the steps after its last checkpoint.
         os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if self.start else 0)
         if args.checkpoint is None or not config.exists():
@@ -182,15 +183,16 @@ class Session:
         resumed = f", resumed after iteration {self.start}" if self.start else ""
         print(f"output in {self.folder}{resumed}", flush=True)
 
-    def _log_means(self, done: int, logging: bool) -> None:
+    def _log_means(self, done: int, logging: bool, saving: bool) -> None:
         """Takes means over all ranks and refuses what is not finite. Logs if it is time to."""
         for total, _ in self.sums.values():
             ranks.all_mean(total)
         means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
-        weights = torch.stack([p.detach().sum() for p in self.networks["student"].parameters()])
-        if not math.isfinite(sum(means.values()) + weights.sum().item()):
-            kept = f"the last good checkpoint, if any, is {self.folder / 'last.pt'}"
-            raise InputError(f"a loss or weight is not finite at step {done} ({kept}); lower --lr?")
+        problem = "" if math.isfinite(sum(means.values())) else "a loss is not finite"
+        state = {name: part.state_dict() for name, part in self.state.items()} if saving else {}
+        if problem := problem or unsound(state):
+            kept = f"the last good checkpoint, if any, is {self.last}"
+            raise InputError(f"{problem} at step {done} ({kept}); lower --lr?")
         now = time.perf_counter()  # item() has waited for the device
         self.seconds, self.clock = self.seconds + now - self.clock, now
         if logging:
@@ -249,16 +251,13 @@ class Session:
             "palette": [list(color) for color in self.data.palette],
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
-        path, partial = self.folder / "last.pt", self.folder / "last.pt.partial"
-        if problem := unsound(checkpoint["state"]):
-            raise InputError(f"{problem} at step {done}{self._how()}")
         try:
-            with partial.open("wb") as file:
+            with self.partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())  # a power failure could leave an empty file
-            os.replace(partial, path)
+            os.replace(self.partial, self.last)
         except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
-            partial.unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__ or error
-            raise OSError(f"{path}: cannot be written ({cause})") from error
+            raise InputError(f"{self.last}: cannot be written ({cause})") from error

@@ -134,9 +134,10 @@ def test_every_flag_of_classmix_reaches_the_step(command, args, tmp_path):
 def test_a_second_signal_does_not_wait_for_the_step(command, args, tmp_path, monkeypatch):
     train = stopping_train("classmix", 3, signal.SIGINT, signal.SIGTERM)
     monkeypatch.setattr(classmix, "train", train)
-    end = command("classmix", *args, "--save-every", 2, "--output-dir", tmp_path / "run")
-    assert end[::2] == (143, "classmix.py: stopped by SIGTERM\n")
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == 2
+    end, last = command("classmix", *args, "--save-every", 2, "--output-dir", tmp_path), "last.pt"
+    resume = f"continue with --resume {tmp_path / last}"
+    assert end[::2] == (143, f"classmix.py: stopped by SIGTERM; {resume}\n")
+    assert torch.load(tmp_path / last, weights_only=True)["iteration"] == 2
 
 
 FAULTY = f"""
