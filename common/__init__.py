@@ -13,7 +13,7 @@ def interrupt(number: int, _) -> None:
     """Handles a signal by KeyboardInterrupt; during the imports it ends the program at once."""
     if hasattr(sys.modules.get("common.run"), "main"):
         raise KeyboardInterrupt(number)
-    os.write(2, b"stopped by Ctrl-C\n")  # nothing is open yet
+    os.write(2, b"stopped by SIGINT\n")
     os._exit(128 + number)
 
 

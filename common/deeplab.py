@@ -216,10 +216,11 @@ def unsound(state: dict) -> str | None:
         if isinstance(value, dict) and (inner := unsound(value)):
             return f"{name}.{inner}"
         if isinstance(value, Tensor) and "num_batches" not in name:
+            if value.layout != torch.strided or not value.is_floating_point():
+                return f"{name} is sparse, or holds no floating-point numbers"
             least = {"running_var": 0, "std": 1e-30}.get(name.rpartition(".")[2], -1e38)
-            dense = value.layout == torch.strided and value.is_floating_point()
-            if not dense or not (value.float().clamp(least, 1e38) == value).all():
-                return f"{name} is not finite, below {least:g}, sparse or of integers"
+            if not (value.float().clamp(least, 1e38) == value).all():
+                return f"{name} is not finite" + " or too low" * (least >= 0)
     return None
 
 

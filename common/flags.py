@@ -89,13 +89,14 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
 def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dict) -> dict:
     """Returns the values with those of a checkpoint. A resumed run keeps its recipe."""
     path, stored = checkpoint["path"], {**checkpoint["args"], **checkpoint["recipe"]}
-    if not set(checkpoint["recipe"]) <= set(values) or not set(FIXED) <= set(stored):
-        raise InputError(f"{path}: a checkpoint of another version of this file")
+    known = set(checkpoint["recipe"]) <= set(values) and set(FIXED) <= set(stored)
+    if not known or checkpoint["iteration"] < 0:
+        raise InputError(f"{path}: damaged, or a checkpoint of another version of this file")
     parser.prog += f": {path}"  # the stored values pass through their flags, which refuse bad ones
     for name, value in stored.items():
         words = value if isinstance(value, tuple) else (value,)
         flag = f"--{'no-' * (value is False)}{name.replace('_', '-')}"
-        if value is not None:
+        if value is not None and name in values:
             parser.parse_args([flag, *(str(word) for word in words if not isinstance(word, bool))])
     recipe = vars(preset(stored["dataset"], stored))
     if missing := [f"--{n.replace('_', '-')} {recipe[n]}" for n in recipe if n not in stored]:
@@ -202,8 +203,6 @@ def read_checkpoint(path: Path, method: str) -> dict:
         raise InputError(f"{path}: not a checkpoint of this repository, lacks {min(missing)!r}")
     if checkpoint["method"] != method:
         raise InputError(f"{path}: a checkpoint of {checkpoint['method']}, not of {method}")
-    if problem := unsound(checkpoint["state"]) or "negative iteration" * (
-        checkpoint["iteration"] < 0
-    ):
-        raise InputError(f"{path}: damaged ({problem})")
+    if problem := unsound(checkpoint["state"]):
+        raise InputError(f"{path}: damaged, {problem}")
     return {**checkpoint, "path": path}

@@ -124,9 +124,8 @@ FILES = {
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of UTF-8 or marked UTF-16 text, stripped, without the blank ones."""
     data = path.read_bytes()
-    text = data.decode(
-        "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace"
-    )
+    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = data.decode(code, errors="replace")
     if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\ufffc\U00010000-\U0010ffff]", text):
         raise InputError(f"{path}: not UTF-8, or has control characters ({wrong[0]!a})")
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]

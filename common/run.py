@@ -1,7 +1,6 @@
 """What surrounds a training loop: folder, log, checkpoints, evaluation, signals."""
 
 import json
-import math
 import os
 import shlex
 import signal
@@ -27,6 +26,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     """Runs the command of a method file. A user's mistake or a signal ends it with one line."""
     for number in SIGNALS:
         signal.signal(number, interrupt)
+    args = None
     try:
         recipe, args = parse_args(method, doc, recipes, preset)
         if args.evaluate is None and args.predict is None:
@@ -44,6 +44,8 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     except (InputError, OSError, ImportError) as error:
         # A loader process puts its traceback before the line.
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
+        if args and isinstance(error, OSError) and error.filename is None:  # of a full disk
+            line = f"{args.output_dir}: {line}"
     if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
         print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -137,8 +139,9 @@ class Session:
             raise KeyboardInterrupt(number, f" after iteration {done}{self._how()}")
 
     def _how(self) -> str:
-        resume = f"; continue with --resume {shlex.quote(str(self.last))}"
-        return resume if self.last.exists() else ""
+        return (
+            f"; continue with --resume {shlex.quote(str(self.last))}" if self.last.exists() else ""
+        )
 
     def _on_signal(self, number: int, _) -> None:
         # A second Ctrl-C waits only for a checkpoint to be written. torchrun repeats its signals.
@@ -188,11 +191,9 @@ class Session:
         for total, _ in self.sums.values():
             ranks.all_mean(total)
         means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
-        problem = "" if math.isfinite(sum(means.values())) else "a loss is not finite"
         state = {name: part.state_dict() for name, part in self.state.items()} if saving else {}
-        if problem := problem or unsound(state):
-            kept = f"the last good checkpoint, if any, is {self.last}"
-            raise InputError(f"{problem} at step {done} ({kept}); lower --lr?")
+        if problem := unsound({name: total for name, (total, _) in self.sums.items()} | state):
+            raise InputError(f"{problem} at step {done}, not saved in {self.last}; lower --lr?")
         now = time.perf_counter()  # item() has waited for the device
         self.seconds, self.clock = self.seconds + now - self.clock, now
         if logging:
