@@ -418,22 +418,19 @@ def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, va
     assert not (trained / "out").exists()
 
 
-def test_damage_that_torch_does_not_notice(refused, trained):
+def test_damage_that_torch_does_not_notice(refused, args, trained):
     """A wrong momentum, and a flipped bit of a weight, which only the checksums show."""
     last, other = trained / "last.pt", trained / "other.pt"
     content = torch.load(last, weights_only=True)
     next(iter(content["state"]["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
     torch.save(content, other)
     assert "optimizer does not fit" in refused("--resume", other, "--output-dir", trained / "new")
-    data, weight = (
-        bytearray(last.read_bytes()),
-        content["state"]["student"]["layer1.0.conv2.weight"],
-    )
-    data[data.index(weight.numpy().tobytes())] ^= 1
+    weight = content["state"]["student"]["layer1.0.conv2.weight"].numpy().tobytes()
+    data = bytearray(last.read_bytes())
+    data[data.index(weight)] ^= 1
     last.write_bytes(data)
-    assert "a damaged one" in refused("--evaluate", last) and "damaged" in refused(
-        "--weights", last
-    )
+    assert "a damaged one" in refused("--evaluate", last)
+    assert f"{last}: damaged" in refused(*args, "--weights", last, "--output-dir", trained / "new")
 
 
 def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
