@@ -23,7 +23,6 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
-# A program beside this folder is a method file; notebooks keep their own handler.
-_program = getattr(sys.modules["__main__"], "__file__", None) or ""
+_program = getattr(sys.modules["__main__"], "__file__", None) or ""  # a notebook has none
 if os.path.dirname(os.path.abspath(_program)) == os.path.dirname(os.path.dirname(__file__)):
     signal.signal(signal.SIGINT, interrupt)

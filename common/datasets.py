@@ -56,8 +56,7 @@ class Images(Dataset):
         if folder is None:
             return
         sources = [path for pair in self.files for path in pair if path is not None]
-        key = cache.key(folder, sources, (self.size, self.label_table.tolist()))
-        path = folder / f"{key}.npy"
+        path = folder / f"{cache.key(folder, sources, (self.size, self.label_table.tolist()))}.npy"
         # More prefetching overflows the 64 MB of shared memory in a default container.
         items = loader(self, min(16, os.cpu_count() or 1), batch_size=None, prefetch_factor=1)
         try:

@@ -194,8 +194,7 @@ def _load(model: SegmentationResNet, source: str) -> Loaded:
     loaded = Loaded(f"{name} ({expects[0]}){network}", named, missing, unused)
     if any(re.match(BACKBONE, key) for key in missing + unused):
         raise InputError(f"--weights {source}: does not fit (other layers or width?): {loaded}")
-    state = {key: state[key] for key in matched}
-    if problem := unsound(state):
+    if problem := unsound(state := {key: state[key] for key in matched}):
         raise InputError(f"--weights {source}: {problem}")
     if expects is CAFFE:
         state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB

@@ -89,8 +89,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
 def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dict) -> dict:
     """Returns the values with those of a checkpoint. A resumed run keeps its recipe."""
     path, stored = checkpoint["path"], {**checkpoint["args"], **checkpoint["recipe"]}
-    known = set(checkpoint["recipe"]) <= set(values) and set(FIXED) <= set(stored)
-    if not known or checkpoint["iteration"] < 0:
+    if {*FIXED} - {*stored} or {*checkpoint["recipe"]} - {*values} or checkpoint["iteration"] < 0:
         raise InputError(f"{path}: damaged, or a checkpoint of another version of this file")
     parser.prog += f": {path}"  # the stored values pass through their flags, which refuse bad ones
     for name, value in stored.items():
@@ -153,8 +152,7 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             text = f"{comments[field.name]} [{', '.join(shown)}]".removesuffix(" [default: None]")
             kind = Literal[tuple(recipes)] if field.name == "dataset" else field.type
             options = {"help": text.replace("%", "%%"), **_options(kind)}
-            flag = "--" + field.name.replace("_", "-")
-            sets.get(field.name, group).add_argument(flag, **options)
+            sets.get(field.name, group).add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
 
 

@@ -15,6 +15,7 @@ from common import InputError, warn
 
 VOID = 255
 INVALID = 254  # in a table: an id that the data set does not have
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how such a text file begins
 IMAGE = r"\.(jpe?g|png|bmp|tiff?|webp)"  # the end of an image's file name
 # Published number of images in each part.
 COUNTS = {
@@ -124,8 +125,7 @@ FILES = {
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of UTF-8 or marked UTF-16 text, stripped, without the blank ones."""
     data = path.read_bytes()
-    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    text = data.decode(code, errors="replace")
+    text = data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig", errors="replace")
     if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\ufffc\U00010000-\U0010ffff]", text):
         raise InputError(f"{path}: not UTF-8, or has control characters ({wrong[0]!a})")
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]

@@ -41,8 +41,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         line, status = f"stopped by {number.name}{''.join(error.args[1:])}", 128 + number
-    except (InputError, OSError, ImportError) as error:
-        # A loader process puts its traceback before the line.
+    except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
         if args and isinstance(error, OSError) and error.filename is None:  # of a full disk
             line = f"{args.output_dir}: {line}"
@@ -73,6 +72,7 @@ class Session:
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
         self.headline, self.folder, self.first = headline, args.output_dir, args.rank == 0
         self.last, self.partial = self.folder / "last.pt", self.folder / "last.pt.partial"
+        self.how = f"; continue with --resume {shlex.quote(str(self.last))}"
         self.names = [data.train.names[index] for index in split[0]]
         self.networks = {name: state[name] for name in ("student", "teacher")}
         self.part, self.images = data.scored(args.evaluate_split)
@@ -136,17 +136,12 @@ class Session:
             self._save(done)
         if number and done < last:
             ranks.leave()
-            raise KeyboardInterrupt(number, f" after iteration {done}{self._how()}")
-
-    def _how(self) -> str:
-        return (
-            f"; continue with --resume {shlex.quote(str(self.last))}" if self.last.exists() else ""
-        )
+            raise KeyboardInterrupt(number, f" after iteration {done}{self.how}")
 
     def _on_signal(self, number: int, _) -> None:
         # A second Ctrl-C waits only for a checkpoint to be written. torchrun repeats its signals.
         if self.signal and self.args.ranks == 1 and not self.partial.exists():
-            raise KeyboardInterrupt(number, self._how())
+            raise KeyboardInterrupt(number, self.how * self.last.exists())
         self.signal = number
 
     def _open_folder(self) -> None:
@@ -181,8 +176,7 @@ class Session:
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
         print(f"data: {counts} of {len(self.data.train)} training images, {scored}")
-        compiled = "compiled" if args.compile else "not compiled"
-        print(f"device: {args.device}, {args.precision}, networks {compiled}")
+        print(f"device: {args.device}, {args.precision}, {'' if args.compile else 'not '}compiled")
         resumed = f", resumed after iteration {self.start}" if self.start else ""
         print(f"output in {self.folder}{resumed}", flush=True)
 
@@ -255,7 +249,6 @@ class Session:
         try:
             with self.partial.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
                 os.fsync(file.fileno())  # a power failure could leave an empty file
             os.replace(self.partial, self.last)
         except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
