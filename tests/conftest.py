@@ -203,20 +203,16 @@ def write_bdd100k(root: Path, train=4, val=2, *, old=False, size=(36, 64)):
     return root
 
 
-def write_camvid(root: Path) -> Path:
-    """SegNet's layout: 8 PNG training images, 3 JPEG validation images, 48x64."""
+@pytest.fixture
+def camvid(tmp_path, monkeypatch):
+    """CamVid in SegNet's layout: 8 PNG training images, 3 JPEG validation images, 48x64."""
+    publish(monkeypatch, "camvid", train=8, val=3)
+    root = tmp_path / "camvid"
     for part, count, suffix in (("train", 8, "png"), ("val", 3, "jpg")):
         for k in range(count):
             image, label = root / part / f"{k:03d}.{suffix}", root / f"{part}annot" / f"{k:03d}.png"
             write_pair(image, label, (48, 64), 11, seed=k)
     return root
-
-
-@pytest.fixture
-def camvid(tmp_path, monkeypatch):
-    """CamVid as write_camvid makes it."""
-    publish(monkeypatch, "camvid", train=8, val=3)
-    return write_camvid(tmp_path / "camvid")
 
 
 @pytest.fixture

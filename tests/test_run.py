@@ -397,21 +397,21 @@ BAD_CHECKPOINTS = [
 ]
 
 
-def change(checkpoint: dict, place: str, value) -> dict:
+def change(path: Path, place: str, value) -> None:
+    """Replaces one value in a checkpoint."""
+    part = checkpoint = torch.load(path, weights_only=True)
     *above, name = place.split("/")
-    part = checkpoint
     for key in above:
         part = part[key]
-    part[name] = value
-    if value is REMOVED:
-        del part[name]
-    return checkpoint
+    del part[name]
+    part |= {} if value is REMOVED else {name: value}
+    torch.save(checkpoint, path)
 
 
 @pytest.mark.parametrize(("place", "value", "expected"), BAD_CHECKPOINTS)
 def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, value, expected):
     last = trained / "last.pt"
-    torch.save(change(torch.load(last, weights_only=True), place, value), last)
+    change(last, place, value)
     picture = ("--predict", last, camvid / "train/000.png", "--out", trained / "out")
     for line in (refused("--resume", last), refused("--evaluate", last), refused(*picture)):
         assert line.startswith(f"classmix.py: {last}: ") and expected in line
@@ -419,23 +419,21 @@ def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, va
 
 
 def test_damage_that_torch_does_not_notice(refused, args, trained):
-    """A wrong momentum, and a flipped bit of a weight, which only the checksums show."""
-    last, other = trained / "last.pt", trained / "other.pt"
-    content = torch.load(last, weights_only=True)
-    next(iter(content["state"]["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
-    torch.save(content, other)
-    assert "optimizer does not fit" in refused("--resume", other, "--output-dir", trained / "new")
-    weight = content["state"]["student"]["layer1.0.conv2.weight"].numpy().tobytes()
-    data = bytearray(last.read_bytes())
-    data[data.index(weight)] ^= 1
-    last.write_bytes(data)
-    assert "a damaged one" in refused("--evaluate", last)
-    assert f"{last}: damaged" in refused(*args, "--weights", last, "--output-dir", trained / "new")
+    """A flipped bit of a weight, which only the checksums show, and a wrong momentum."""
+    last, new = trained / "last.pt", ("--output-dir", trained / "new")
+    content, data = torch.load(last, weights_only=True), bytearray(last.read_bytes())
+    data[data.index(content["state"]["student"]["layer1.0.conv2.weight"].numpy().tobytes())] ^= 1
+    (trained / "bit.pt").write_bytes(data)
+    assert "a damaged one" in refused("--evaluate", trained / "bit.pt", *new)
+    assert "bit.pt: damaged" in refused(*args, "--weights", trained / "bit.pt", *new)
+    content["state"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(content, last)
+    assert "optimizer does not fit" in refused("--resume", last)
 
 
 def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
     last = trained / "last.pt"
-    torch.save(change(torch.load(last, weights_only=True), "recipe/warmup", REMOVED), last)
+    change(last, "recipe/warmup", REMOVED)
     assert parse("--resume", last)[0].warmup == classmix.RECIPES["camvid"].warmup == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {last}: ") and "without --warmup 0" in line

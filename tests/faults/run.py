@@ -31,51 +31,25 @@ def command(method: str, folder: Path) -> list[str]:
     return [f"{method}.py", *map(str, flags)]
 
 
-def fork(method: str, folder: Path) -> int:
-    """Starts a tiny run in a copy of this process, which has imported everything."""
-    module, sys.argv = import_module(method), command(method, folder)
-    if child := os.fork():
-        return child
-    try:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        module.main()
-        os._exit(0)
-    except BaseException as stop:
-        os._exit(getattr(stop, "code", 1))
-
-
 def check(method: str, work: Path) -> None:
     """Resumes the run and compares its end with that of an undisturbed run."""
     whole = work / f"whole {method}"
     for folder in (work / "run",) if whole.exists() else (whole, work / "run"):
-        assert os.waitpid(fork(method, folder), 0)[1] == 0, method
+        status, _, errors = conftest.finish(conftest.start(*command(method, folder)))
+        assert status == 0, errors
     conftest.same_state(whole, work / "run")
     assert conftest.read_log(whole) == conftest.read_log(work / "run"), f"{method}: another log"
     assert not [*work.glob("run/*.partial")], f"{method}: a .partial"
 
 
-def wait(rng: random.Random, work: Path, longest: float) -> None:
-    """Waits for a random time and then, in half of the cases, until a checkpoint is written."""
-    time.sleep(rng.uniform(0, longest))
+def stop(rng: random.Random, work: Path, numbers: tuple) -> None:
+    """Sends a signal at a random time or, in half of the cases, while a checkpoint is written."""
+    method, number = rng.choice(conftest.METHODS), rng.choice(numbers)
+    process = conftest.start(*command(method, work / "run"))
+    time.sleep(rng.uniform(0.3, 12))
     deadline = time.monotonic() + rng.choice((0, 9))
     while time.monotonic() < deadline and not (work / "run/last.pt.partial").exists():
         pass
-
-
-def kill(rng: random.Random, work: Path) -> None:
-    method = rng.choice(conftest.METHODS)
-    for _ in range(2):  # the resumed run is killed, too
-        child = fork(method, work / "run")
-        wait(rng, work, 3)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    check(method, work)
-
-
-def signals(rng: random.Random, work: Path) -> None:
-    method, number = rng.choice(conftest.METHODS), rng.choice((signal.SIGINT, signal.SIGTERM))
-    process = conftest.start(*command(method, work / "run"))
-    wait(rng, work, 12)
     for _ in range(rng.choice((1, 2))):
         process.send_signal(number)
         time.sleep(0.001)
@@ -83,9 +57,17 @@ def signals(rng: random.Random, work: Path) -> None:
     lines = conftest.problems(errors) or [""]
     hint = "--resume" in lines[0] or not (work / "run/last.pt").exists()
     stopped = status == 128 + number and f"by {number.name}" in lines[0] and hint
-    imports = status == -number == -signal.SIGTERM
-    assert len(lines) == 1 and (stopped or imports or status == 0), f"{method}: {status} {errors}"
+    silent = status in (0, -signal.SIGKILL, -signal.SIGTERM)  # SIGTERM: during the imports
+    assert len(lines) == 1 and (stopped or silent), f"{method}: {status} {errors}"
     check(method, work)
+
+
+def kill(rng: random.Random, work: Path) -> None:
+    stop(rng, work, (signal.SIGKILL,))
+
+
+def signals(rng: random.Random, work: Path) -> None:
+    stop(rng, work, (signal.SIGINT, signal.SIGTERM))
 
 
 def ranks(rng: random.Random, work: Path) -> None:
@@ -120,35 +102,33 @@ def damage(rng: random.Random, data: bytes, png: bool) -> bytes:
 def fuzz(rng: random.Random, work: Path) -> None:
     from common import InputError, datasets, deeplab, evaluation, flags, layouts
 
-    classmix, whole = import_module("classmix"), work / "whole classmix"
-    if not whole.exists():
-        os.waitpid(fork("classmix", whole), 0)
-        picture = Image.open(work / "camvid/trainannot/000.png")
+    classmix, last = import_module("classmix"), work / "run/last.pt"
+    if not (work / "x.pt").exists():
+        conftest.finish(conftest.start(*command("classmix", last.parent)))
+        shutil.copy(last, work / "x.pt")
+        picture = Image.open(work / "camvid/trainannot/0.png")
         for kind in ("png", "ppm", "sgi", "bmp", "tif", "jpg", "webp"):
             (picture if kind == "png" else picture.convert("RGB")).save(work / f"x.{kind}")
         (work / "x.txt").write_bytes("road\ncar\n".encode("utf-16"))
-        shutil.copy(whole / "last.pt", work / "x.pt")
     source = rng.choice([*work.glob("x.*"), work / "x.png", work / "x.pt"])
-    path, png = work / f"damaged{source.suffix}", source.suffix == ".png"
-    path.write_bytes(damage(rng, source.read_bytes(), png))
+    path, kind = work / f"damaged{source.suffix}", source.suffix
+    path.write_bytes(damage(rng, source.read_bytes(), kind == ".png"))
     signal.alarm(60)  # a hang ends this program
     try:
-        if source.suffix == ".txt":
+        if kind == ".txt":
             layouts.read_lines(path)
-        elif source.suffix == ".pt":
-            small = {"layers": (1, 1, 1, 1), "width": 4, "rates": (1, 2)}
-            with_weights = rng.random() < 0.5
-            if with_weights:
-                deeplab.load_weights(deeplab.DeepLabV2(11, **small), path)
-            else:
-                argv = [rng.choice(("--resume", "--evaluate")), str(path)]
-                recipe, args = flags.parse_args("classmix", "", classmix.RECIPES, argv=argv)
-                evaluation._load_network(recipe, args, classmix.network, "teacher")
+        elif kind == ".pt" and rng.random() < 0.5:
+            net = deeplab.DeepLabV2(11, layers=(1, 1, 1, 1), width=4, rates=(1, 2))
+            deeplab.load_weights(net, path)
+        elif kind == ".pt":
+            argv = [rng.choice(("--resume", "--evaluate")), str(path)]
+            recipe, args = flags.parse_args("classmix", "", classmix.RECIPES, argv=argv)
+            evaluation._load_network(recipe, args, classmix.network, "teacher")
         else:
-            datasets._check_pair(path, path if png else None)
+            datasets._check_pair(path, path if kind == ".png" else None)
             datasets.read_image(path, evaluation.ImageOps.exif_transpose)
-            if png:
-                datasets._read_label(path, layouts._table(range(11)))
+        if kind == ".png":
+            datasets._read_label(path, layouts._table(range(11)))
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error), error
     signal.alarm(0)
@@ -162,7 +142,9 @@ def main() -> None:
     args, passed = parser.parse_args(), 0
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        conftest.write_camvid(work / "camvid")
+        for k, part in enumerate(["train"] * 8 + ["val"] * 3):
+            image, label = (work / f"camvid/{part}{end}/{k}.png" for end in ("", "annot"))
+            conftest.write_pair(image, label, (48, 64), 11, seed=k)
         for k in range(args.count):
             shutil.rmtree(work / "run", ignore_errors=True)
             try:
