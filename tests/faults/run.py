@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zlib
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def check(method: str, work: Path) -> None:
     assert not [*work.glob("run/*.partial")], f"{method}: a .partial"
 
 
-def stop(rng: random.Random, work: Path, numbers: tuple) -> None:
+def stop(numbers: tuple, rng: random.Random, work: Path) -> None:
     """Sends a signal at a random time or, in half of the cases, while a checkpoint is written."""
     method, number = rng.choice(conftest.METHODS), rng.choice(numbers)
     process = conftest.start(*command(method, work / "run"))
@@ -60,14 +61,6 @@ def stop(rng: random.Random, work: Path, numbers: tuple) -> None:
     silent = status in (0, -signal.SIGKILL, -signal.SIGTERM)  # SIGTERM: during the imports
     assert len(lines) == 1 and (stopped or silent), f"{method}: {status} {errors}"
     check(method, work)
-
-
-def kill(rng: random.Random, work: Path) -> None:
-    stop(rng, work, (signal.SIGKILL,))
-
-
-def signals(rng: random.Random, work: Path) -> None:
-    stop(rng, work, (signal.SIGINT, signal.SIGTERM))
 
 
 def ranks(rng: random.Random, work: Path) -> None:
@@ -134,9 +127,13 @@ def fuzz(rng: random.Random, work: Path) -> None:
     signal.alarm(0)
 
 
+RUNS = {"kill": partial(stop, (signal.SIGKILL,)), "ranks": ranks, "fuzz": fuzz}
+RUNS["signals"] = partial(stop, (signal.SIGINT, signal.SIGTERM))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("kill", "signals", "ranks", "fuzz"))
+    parser.add_argument("what", choices=RUNS)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args, passed = parser.parse_args(), 0
@@ -148,7 +145,7 @@ def main() -> None:
         for k in range(args.count):
             shutil.rmtree(work / "run", ignore_errors=True)
             try:
-                globals()[args.what](random.Random(f"{args.seed} {k}"), work)
+                RUNS[args.what](random.Random(f"{args.seed} {k}"), work)
                 passed += 1
             except Exception as error:
                 print(f"{args.what}, {k} of --seed {args.seed}: {error!r}", flush=True)
