@@ -58,10 +58,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
+
+# isort: split
 import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import v2
 
-from common import InputError, ranks, run
 from common.augment import scale_crop_flip, seeded
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights

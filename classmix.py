@@ -43,9 +43,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
+
+# isort: split
 from torchvision.transforms import v2
 
-from common import InputError, ranks, run
 from common.augment import scale_crop_flip, seeded, without_label
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights

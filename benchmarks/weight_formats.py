@@ -40,7 +40,7 @@ def randomize(state: State) -> State:
     for name, value in state.items():
         if value.is_floating_point():
             value.normal_(std=max(1, value[0].numel()) ** -0.5)
-            if name.endswith("running_var"):
+            if name.endswith(("running_var", "std")):
                 value.abs_().add_(0.5)
     return state
 

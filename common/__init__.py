@@ -1,6 +1,7 @@
 """What the four methods share."""
 
 import os
+import signal
 import sys
 
 
@@ -8,7 +9,20 @@ class InputError(Exception):
     """A mistake that the user can correct. It ends the program with this one line and status 2."""
 
 
+def interrupt(number: int, _) -> None:
+    """Handles a signal by KeyboardInterrupt; during the imports it ends the program at once."""
+    if hasattr(sys.modules.get("common.run"), "main"):
+        raise KeyboardInterrupt(number)
+    os.write(2, b"stopped by SIGINT\n")
+    os._exit(128 + number)
+
+
 def warn(message: str) -> None:
     """Prints one warning line to stderr; under torchrun only rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr)
+
+
+_program = getattr(sys.modules["__main__"], "__file__", None) or ""  # a notebook has none
+if os.path.dirname(os.path.abspath(_program)) == os.path.dirname(os.path.dirname(__file__)):
+    signal.signal(signal.SIGINT, interrupt)

@@ -16,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import ExifTags, Image, ImageOps
-from scipy.io import loadmat
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common import InputError, cache, layouts, streets, warn
-from common.layouts import INVALID, VOID, read_lines
+from common.images import check_pair, check_palettes, read_image, read_label
+from common.layouts import VOID, read_lines
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow takes very large photographs for attacks
 SILENCE = 60  # seconds after which a run gives up loader processes that give no data
 # Defaults of the flags --labeled and --weights.
 DEFAULTS = {name: {"labeled": "1/8", "weights": "imagenet"} for name in layouts.FILES}
@@ -47,8 +46,8 @@ class Images(Dataset):
         self.label_table = label_table
         self.size = None if size is None else size[::-1]  # as PIL has it: width, height
         self.label_size = None if full_labels else self.size
-        checked = [_check_pair(image, label) for image, label in self.files]
-        _check_palettes(self.files, [palette for _, palette in checked], label_table)
+        checked = [check_pair(image, label) for image, label in self.files]
+        check_palettes(self.files, [palette for _, palette in checked], label_table)
         sizes = {size for size, _ in checked}
         self.same_size = self.label_size is not None or len(sizes) == 1  # as a batch needs it
         large = self.label_size is not None and max(w * h for w, h in sizes) >= 2**20
@@ -61,8 +60,7 @@ class Images(Dataset):
         if folder is None:
             return
         sources = [path for pair in self.files for path in pair if path is not None]
-        key = cache.key(folder, sources, (self.size, self.label_table.tolist()))
-        path = folder / f"{key}.npy"
+        path = folder / f"{cache.key(folder, sources, (self.size, self.label_table.tolist()))}.npy"
         # More prefetching overflows the 64 MB of shared memory in a default container.
         items = loader(self, min(16, os.cpu_count() or 1), batch_size=None, prefetch_factor=1)
         try:
@@ -85,7 +83,7 @@ class Images(Dataset):
             image = ImageOps.exif_transpose(image)
             label = Image.new("L", image.size, VOID)
         else:
-            label = _read_label(label_path, self.label_table)
+            label = read_label(label_path, self.label_table)
             image = image if image.size == label.size else ImageOps.exif_transpose(image)
         if label.size != image.size:
             raise InputError(f"{label_path}: {label.size} pixels, but its image has {image.size}")
@@ -140,77 +138,6 @@ def _open_files(name: str, root: Path, size, full_labels: bool) -> Data:
     if not counts.items() <= layouts.COUNTS.get(name, counts).items():
         warn(f"--data-dir {root}: images are {counts}, published are {layouts.COUNTS[name]}")
     return Data(**parts, class_names=tuple(class_names), palette=tuple(palette))
-
-
-def _check_pair(image_path: Path, label_path: Path | None) -> tuple[tuple, bytes | None]:
-    """Reads the headers. Returns the width and height of both files, and the label's palette."""
-    image = _check_mode(_open(image_path), image_path)
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
-    size = turned = image.size
-    if orientation >= 5:
-        turned = size[::-1]
-    if label_path is None:
-        return turned, None
-    if label_path.suffix == ".mat":
-        with label_path.open("rb") as file:  # reading its size would take too long
-            if file.read(10) != b"MATLAB 5.0":
-                raise InputError(f"{label_path}: an empty file, or not a MATLAB 5 file")
-        return size, None
-    label = _open(label_path)
-    mode = label.tile[0][3]
-    # Pillow stretches grey values of fewer than 8 bits to 0-255, which changes the ids.
-    lossless = label.format in ("PNG", "BMP", "TIFF")
-    if not lossless or np.atleast_1d(mode)[0] not in ("L", "P", "P;1", "P;2", "P;4"):
-        raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
-    if label.size not in (size, turned):
-        raise InputError(f"{label_path}: {label.size} pixels, but {image_path.name} has {size}")
-    if orientation > 1 and size == turned:
-        raise InputError(
-            f"{image_path}: EXIF turns it, but is its label turned? Remove the EXIF tag"
-        )
-    return label.size, label.palette.palette if label.mode == "P" else None
-
-
-def _check_palettes(files: list, palettes: list, table: np.ndarray) -> None:
-    """Refuses palettes that give a class id different colours, because ids then differ, too."""
-    used = 3 * np.count_nonzero(table < INVALID)
-    given = [(files[k][1], palette[:used]) for k, palette in enumerate(palettes) if palette]
-    for path, palette in given:
-        if any(a != b for a, b in zip(palette, given[0][1], strict=False)):
-            raise InputError(f"{path}: its palette is not that of {given[0][0]}; are ids the same?")
-
-
-def _check_mode(image, path: Path):
-    """Returns the image. InputError if it has more than 8 bits a channel."""
-    if image.mode.startswith(("I", "F")):
-        raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
-    return image
-
-
-def _open(path: Path, *, decode: bool = False):
-    """Opens an image, its header or all of it, or reads the class ids in a .mat file of SBD."""
-    try:
-        if path.suffix == ".mat":
-            return loadmat(path)["GTcls"][0, 0]["Segmentation"]
-        with Image.open(path) as image:
-            if decode:
-                image.load()
-            return image
-    except Exception as error:  # a damaged file raises nearly any type
-        raise InputError(f"{path}: a damaged file, an empty file or no image ({error})") from error
-
-
-def read_image(path: Path) -> Image.Image:
-    """Reads an image as RGB. InputError if it is damaged or has more than 8 bits a channel."""
-    return _check_mode(_open(path, decode=True), path).convert("RGB")
-
-
-def _read_label(path: Path, table: np.ndarray) -> Image.Image:
-    ids, known = np.asarray(_open(path, decode=True)), np.flatnonzero(table != INVALID)
-    wrong = np.setdiff1d(ids, known)
-    if len(wrong) > 0:
-        raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
-    return Image.fromarray(table[ids.astype(np.uint8)])
 
 
 def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tuple[list, list]:

@@ -5,6 +5,7 @@ first 1x1 convolution of a stage has the stage's stride. The tensors have torchv
 """
 
 import re
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -185,8 +186,6 @@ def _load(model: SegmentationResNet, source: str) -> Loaded:
         state = {re.sub(old, new, key): value for key, value in state.items()}
     if expects in (CAFFE, IMAGENET):
         state["mean"], state["std"] = torch.tensor(expects[1:]).view(2, 3, 1, 1)
-    if expects is CAFFE and "conv1.weight" in state:
-        state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
     own = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
     matched = [key for key in own if key in state and state[key].shape == own[key].shape]
     missing = [key for key in own if key not in matched]
@@ -195,8 +194,33 @@ def _load(model: SegmentationResNet, source: str) -> Loaded:
     loaded = Loaded(f"{name} ({expects[0]}){network}", named, missing, unused)
     if any(re.match(BACKBONE, key) for key in missing + unused):
         raise InputError(f"--weights {source}: does not fit (other layers or width?): {loaded}")
-    model.load_state_dict({key: state[key] for key in matched}, strict=False)
+    if problem := unsound(state := {key: state[key] for key in matched}):
+        raise InputError(f"--weights {source}: {problem}")
+    if expects is CAFFE:
+        state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
+    model.load_state_dict(state, strict=False)
     return loaded
+
+
+def load_file(path) -> object:
+    """Reads a file of torch.save onto the CPU. torch.load itself ignores its checksums."""
+    if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"the checksum of {name} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def unsound(state: dict) -> str | None:
+    """Names the first tensor, in nested dicts too, that no network can use, and says why."""
+    for name, value in state.items():
+        if isinstance(value, dict) and (inner := unsound(value)):
+            return f"{name}.{inner}"
+        if isinstance(value, Tensor) and "num_batches" not in name:
+            if value.layout != torch.strided or not value.is_floating_point():
+                return f"{name} is sparse, or holds no floating-point numbers"
+            least = {"running_var": 0, "std": 1e-30}.get(name.rpartition(".")[2], -1e38)
+            if not (value.float().clamp(least, 1e38) == value).all():
+                return f"{name} is not finite" + " or too low" * (least >= 0)
+    return None
 
 
 def _read(source: str, imagenet) -> tuple[dict[str, Tensor], str]:
@@ -204,7 +228,7 @@ def _read(source: str, imagenet) -> tuple[dict[str, Tensor], str]:
     try:
         if source == "imagenet":
             return imagenet.get_state_dict(progress=True, check_hash=True), ""
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        content = load_file(source)
     except Exception as error:  # nearly any type: no connection, a full disk, a foreign file
         why = error if isinstance(error, OSError) else "damaged, or more than a state_dict()"
         if source == "imagenet":

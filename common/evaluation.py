@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from common import InputError
-from common.datasets import Images, loader, open_dataset, read_image
+from common.datasets import Images, loader, open_dataset
+from common.images import read_image
 from common.layouts import images_in
 
 
@@ -108,7 +109,7 @@ def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False, 
     The network sees it resized to `seen` (height, width), as in training. keep_aspect changes both
     sides by one factor, to as many pixels.
     """
-    picture = ImageOps.exif_transpose(read_image(path))
+    picture = read_image(path, ImageOps.exif_transpose)
     own = picture.height, picture.width
     if keep_aspect and seen is not None:
         scale = (math.prod(seen) / math.prod(own)) ** 0.5
@@ -149,13 +150,21 @@ def _tile(values: Tensor, palette: Sequence) -> Tensor:
     return TF.pil_to_tensor(colorize(values.byte().numpy(), palette).convert("RGB"))
 
 
+def load_state(parts: dict, checkpoint: dict) -> None:
+    """Loads networks, optimizer and the like. InputError for one that does not fit."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint["state"][name])
+            kept = getattr(part, "state", {}).items()  # of an optimizer
+            [t.expand_as(p) for p, own in kept for t in own.values() if torch.is_tensor(t)]
+        except Exception as error:  # KeyError, RuntimeError, ValueError and more
+            raise InputError(f"{checkpoint['path']}: {name} does not fit these flags") from error
+
+
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
     classes = args.checkpoint["class_names"]
     loaded = network(recipe, len(classes), pretrained=args.weights != "none")
-    try:
-        loaded.load_state_dict(args.checkpoint["state"][name])
-    except RuntimeError as error:
-        raise InputError("the checkpoint does not fit the network of these flags") from error
+    load_state({name: loaded}, args.checkpoint)
     return loaded.to(args.device)
 
 

@@ -6,14 +6,16 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 
-from common import InputError
+from common import InputError, warn
 from common.datasets import DEFAULTS
+from common.deeplab import load_file, unsound
 
 # The type of a field says which numbers its flag accepts.
 Count = Annotated[int, 1, math.inf]
@@ -21,6 +23,8 @@ Seed = Annotated[int, 0, 2**32 - 1]
 Share = Annotated[float, 0.0, 1.0]
 Positive = Annotated[float, 1e-9, math.inf]
 RANGES = (tuple[float, float], tuple[Positive, Positive], tuple[Share, Share])
+KEYS = """method recipe args state means headline class_names palette labeled_names iteration logged
+training_names seconds miou"""  # of a checkpoint
 # A resumed run keeps these, and its recipe.
 FIXED = ("dataset", "labeled", "labeled_list", "split_seed", "seed", "supervised", "weights")
 
@@ -56,10 +60,12 @@ class Settings:  # the flags that all methods share; the comments are their help
 
 def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     """Returns recipe and settings. preset(dataset, given flags) may replace recipes[dataset]."""
-    flags = vars(_parser(method, doc, recipes).parse_args(argv))
+    parser = _parser(method, doc, recipes)
+    flags = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items() if v is not None}
     dataset = given.get("dataset", "streets")
-    recipe = recipes[dataset] if preset is None else preset(dataset, given)
+    preset = preset or (lambda dataset, _: recipes[dataset])
+    recipe = preset(dataset, given)
     values = {**vars(Settings()), **DEFAULTS[dataset], **vars(recipe), "checkpoint": None}
     defaults = values | vars(recipes[dataset])
     folder = Path(given.get("output_dir") or _folder(method, defaults, vars(recipe), given))
@@ -67,7 +73,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     if path == "auto":
         path = folder / "last.pt" if (folder / "last.pt").exists() else None
     if path is not None:
-        values = _stored(read_checkpoint(Path(path), method), values, given)
+        values = _stored(read_checkpoint(Path(path), method), parser, preset, values, given)
         folder = Path(given.get("output_dir", Path(path).parent))
     last = folder / "last.pt"
     if last.exists() and (path is None or not last.samefile(path)):
@@ -82,16 +88,26 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     return recipe, _complete(argparse.Namespace(**values, method=method), recipe.iterations)
 
 
-def _stored(checkpoint: dict, values: dict, given: dict) -> dict:
+def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dict) -> dict:
     """Returns the values with those of a checkpoint. A resumed run keeps its recipe."""
-    if not set(checkpoint["recipe"]) <= set(values):
-        raise InputError("a checkpoint of another version of this file")
-    values = {**values, **checkpoint["args"], **checkpoint["recipe"], "checkpoint": checkpoint}
+    path, stored = checkpoint["path"], {**checkpoint["args"], **checkpoint["recipe"]}
+    if {*FIXED} - {*stored} or {*checkpoint["recipe"]} - {*values} or checkpoint["iteration"] < 0:
+        raise InputError(f"{path}: damaged, or a checkpoint of another version of this file")
+    parser.prog += f": {path}"  # the stored values pass through their flags, which refuse bad ones
+    for name, value in stored.items():
+        words = value if isinstance(value, tuple) else (value,)
+        flag = f"--{'no-' * (value is False)}{name.replace('_', '-')}"
+        if value is not None and name in values:
+            parser.parse_args([flag, *(str(word) for word in words if not isinstance(word, bool))])
+    recipe = vars(preset(stored["dataset"], stored))
+    if missing := [f"--{n.replace('_', '-')} {recipe[n]}" for n in recipe if n not in stored]:
+        warn(f"{path}: made by an older version, without {', '.join(missing)}, which are used now")
+    values = {**values, **recipe, **stored, "checkpoint": checkpoint}
     if given.get("dataset", values["dataset"]) != values["dataset"]:
         values["data_dir"] = None
     if "resume" not in given:
         return {**values, "precision": None}  # the stored one may not suit this machine
-    for name in (*FIXED, *checkpoint["recipe"]):
+    for name in (*FIXED, *recipe):
         if given.get(name, values[name]) != values[name]:
             flag, kept = name.replace("_", "-"), values[name]
             hint = "start a new one; --weights LAST.PT begins with this one's network"
@@ -142,8 +158,7 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             text = f"{comments[field.name]} [{', '.join(shown)}]".removesuffix(" [default: None]")
             kind = Literal[tuple(recipes)] if field.name == "dataset" else field.type
             options = {"help": text.replace("%", "%%"), **_options(kind)}
-            flag = "--" + field.name.replace("_", "-")
-            sets.get(field.name, group).add_argument(flag, **options)
+            sets.get(field.name, group).add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
 
 
@@ -184,12 +199,14 @@ def _folder(method: str, defaults: dict, recipe: dict, given: dict) -> Path:
 def read_checkpoint(path: Path, method: str) -> dict:
     """Reads a last.pt of this method onto the CPU; InputError for anything else."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_file(path)
     except Exception as error:  # torch.load raises nearly any type on a foreign file
         problem = "not a checkpoint, or a damaged one" if path.is_file() else "no such checkpoint"
         raise InputError(f"{path}: {problem}") from error
-    if not isinstance(checkpoint, dict) or not {"method", "recipe", "state"} <= set(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of this repository (weights go to --weights)")
+    if missing := set(KEYS.split()) - set(checkpoint if isinstance(checkpoint, dict) else ()):
+        raise InputError(f"{path}: not a checkpoint of this repository, lacks {min(missing)!r}")
     if checkpoint["method"] != method:
         raise InputError(f"{path}: a checkpoint of {checkpoint['method']}, not of {method}")
-    return checkpoint
+    if problem := unsound(checkpoint["state"]):
+        raise InputError(f"{path}: damaged, {problem}")
+    return {**checkpoint, "path": path}

@@ -16,6 +16,7 @@ from common import InputError, warn
 
 VOID = 255
 INVALID = 254  # in a table: an id that the data set does not have
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how such a text file begins
 FORMATS = {"JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "AVIF", "PPM", "TGA"}
 ENDINGS = [end[1:] for end, kind in PIL.Image.registered_extensions().items() if kind in FORMATS]
 IMAGE = rf"\.({'|'.join(ENDINGS)})"  # the end of an image's file name, as far as Pillow reads it
@@ -39,9 +40,8 @@ def _cityscapes_files(root: Path):
 
     gtFine/ holds *_labelIds.png, or *_labelTrainIds.png for every image. There is no test part.
     """
-    images = _find(
-        root, "cityscapes", "leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images"
-    )
+    places = ("leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images")
+    images = _find(root, "cityscapes", *places)
     labels = _find(root, "cityscapes", "gtFine", "gtFine_trainvaltest/gtFine", "segmentation")
     endings = (r"_gtFine\.png", r"_gtFine_labelTrainIds\.png", r"_gtFine_labelIds\.png")
     ending = max(endings, key=lambda ending: len(_by_stem(labels, ending)))
@@ -108,6 +108,8 @@ def _folder_files(root: Path):
     names = read_lines(listed) if listed.is_file() else []
     if not 2 <= len(names) < INVALID:
         raise InputError(f"{listed}: {len(names)} classes; list 2 to 253, one a line, id 0 first")
+    if twice := sorted(name for name in names if names.count(name) > 1):
+        raise InputError(f"{listed}: {twice[0]} is listed twice")
     images, labels = root / "images", root / "labels"
     train = _pairs(images / "train", labels / "train", label=IMAGE, keep=True)
     files = {"train": train, "val": _pairs(images / "val", labels / "val", label=IMAGE)}
@@ -124,9 +126,12 @@ FILES = {
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a text file, stripped, without the blank ones."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    """Returns the lines of UTF-8 or marked UTF-16 text, stripped, without the blank ones."""
+    data = path.read_bytes()
+    text = data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig", errors="replace")
+    if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\ufffc\U00010000-\U0010ffff]", text):
+        raise InputError(f"{path}: not UTF-8, or has control characters ({wrong[0]!a})")
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
 def _find(root: Path, inside: str, *places: str, child: str = "train") -> Path:
@@ -158,14 +163,16 @@ def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
     """Returns the files below folder that end in a match of ending, by their path without it."""
     found, others = {}, []
     for name in sorted(glob("**/*", root_dir=folder, recursive=True)):  # nothing hidden
-        match = re.fullmatch(f"(.+?){ending}", Path(name).as_posix(), re.IGNORECASE)
-        if match is None and (folder / name).is_file():
+        match, path = re.fullmatch(f"(.+?){ending}", Path(name).as_posix(), re.I), folder / name
+        if match is None and path.is_file():
             others.append(name)
-        if match:
+        elif match:
             stem = match[1]
+            if not path.is_file():  # opening a named pipe would wait for ever
+                raise InputError(f"{path}: not a file")
             if stem in found:
-                raise InputError(f"{folder / name}: {found[stem].name} beside it has the same name")
-            found[stem] = folder / name
+                raise InputError(f"{path}: {found[stem].name} beside it has the same name")
+            found[stem] = path
     if others and ending == IMAGE:
         kinds = ", ".join(sorted({Path(name).suffix for name in others}))
         warn(f"{folder}: {len(others)} files are left out ({kinds}), for example {others[0]}")

@@ -1,7 +1,6 @@
 """What surrounds a training loop: folder, log, checkpoints, evaluation, signals."""
 
 import json
-import math
 import os
 import shlex
 import signal
@@ -16,20 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, evaluation, ranks
+from common import InputError, evaluation, interrupt, ranks
 from common.datasets import Data, MicroBatches, check_classes, endless
+from common.deeplab import unsound
 from common.flags import parse_args
 from common.ranks import SIGNALS, all_max
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
     """Runs the command of a method file. A user's mistake or a signal ends it with one line."""
-
-    def interrupt(number: int, _) -> None:
-        raise KeyboardInterrupt(number)
-
     for number in SIGNALS:
         signal.signal(number, interrupt)
+    args = None
     try:
         recipe, args = parse_args(method, doc, recipes, preset)
         if args.evaluate is None and args.predict is None:
@@ -43,12 +40,15 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         return
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        line, status = f"stopped by {number.name}", 128 + number
+        line, status = f"stopped by {number.name}{''.join(error.args[1:])}", 128 + number
     except torch.OutOfMemoryError:
         line, status = "out of memory: lower --batch-size, --size, --crop or --eval-crop", 2
-    except (InputError, OSError, ImportError) as error:  # a loader's traceback comes before it
+    except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
-    print(f"{method}.py: {line}", file=sys.stderr, flush=True)
+        if args and isinstance(error, OSError) and error.filename is None:  # of a full disk
+            line = f"{args.output_dir}: {line}"
+    if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
+        print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -78,6 +78,8 @@ class Session:
     def __init__(self, recipe, args, data: Data, split, state, *, headline: str, accumulate=None):
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
         self.headline, self.folder, self.first = headline, args.output_dir, args.rank == 0
+        self.last, self.partial = self.folder / "last.pt", self.folder / "last.pt.partial"
+        self.how = f"; continue with --resume {shlex.quote(str(self.last))}"
         self.names = [data.train.names[index] for index in split[0]]
         self.networks = {name: state[name] for name in ("student", "teacher")}
         self.part, self.images = data.scored(args.evaluate_split)
@@ -111,8 +113,7 @@ class Session:
     def _load(self, checkpoint: dict) -> None:
         if checkpoint["class_names"] != list(self.data.class_names):
             raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
-        for name, part in self.state.items():
-            part.load_state_dict(checkpoint["state"][name])
+        evaluation.load_state(self.state, checkpoint)
         self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
         self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
 
@@ -139,7 +140,7 @@ class Session:
         logging = evaluating or done % self.log_every == 0
         saving = evaluating or number or (self.save_every and done % self.save_every == 0)
         if logging or saving:
-            self._log_means(done, logging)
+            self._log_means(done, logging, saving)
         if saving:
             ranks.average_statistics(self.networks.values())
         if evaluating and self.first:
@@ -147,16 +148,13 @@ class Session:
         if saving and self.first:
             self._save(done)
         if number > 1 and done < last:
-            if self.first:
-                stopped = f"stopped by {signal.Signals(number).name} after iteration {done}"
-                how = f"continue with --resume {shlex.quote(str(self.folder / 'last.pt'))}"
-                print(f"{self.args.method}.py: {stopped}; {how}", file=sys.stderr)
             ranks.leave()
-            sys.exit(128 + number)
+            raise KeyboardInterrupt(number, f" after iteration {done}{self.how}")
 
     def _on_signal(self, number: int, _) -> None:
-        if self.signal and self.args.ranks == 1:  # a second Ctrl-C; torchrun repeats its signals
-            raise KeyboardInterrupt(number)
+        # A second Ctrl-C waits only for a checkpoint to be written. torchrun repeats its signals.
+        if self.signal and self.args.ranks == 1 and not self.partial.exists():
+            raise KeyboardInterrupt(number, self.how * self.last.exists())
         self.signal = number
 
     def _open_folder(self) -> None:
@@ -179,6 +177,7 @@ class Session:
             self.board = SummaryWriter(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         log.touch()
+        self.partial.unlink(missing_ok=True)  # of a killed run
         # A killed run repeats the steps after its last checkpoint.
         os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if self.start else 0)
         if args.checkpoint is None or not config.exists():
@@ -195,15 +194,14 @@ class Session:
         resumed = f", resumed after iteration {self.start}" if self.start else ""
         print(f"output in {self.folder}{resumed}", flush=True)
 
-    def _log_means(self, done: int, logging: bool) -> None:
+    def _log_means(self, done: int, logging: bool, saving: bool) -> None:
         """Takes means over all ranks and refuses what is not finite. Logs if it is time to."""
         for total, _ in self.sums.values():
             ranks.all_mean(total)
         means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
-        weights = torch.stack([p.detach().sum() for p in self.networks["student"].parameters()])
-        if not math.isfinite(sum(means.values()) + weights.sum().item()):
-            kept = f"the last good checkpoint, if any, is {self.folder / 'last.pt'}"
-            raise InputError(f"a loss or weight is not finite at step {done} ({kept}); lower --lr?")
+        state = {name: part.state_dict() for name, part in self.state.items()} if saving else {}
+        if problem := unsound({name: total for name, (total, _) in self.sums.items()} | state):
+            raise InputError(f"{problem} at step {done}, not saved in {self.last}; lower --lr?")
         now = time.perf_counter()  # item() has waited for the device
         self.seconds, self.clock = self.seconds + now - self.clock, now
         if logging:
@@ -263,12 +261,12 @@ class Session:
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
         self.saved = time.perf_counter()
-        path, partial = self.folder / "last.pt", self.folder / "last.pt.partial"
         try:
-            torch.save(checkpoint, partial)
-            with partial.open("rb+") as file:  # a power failure could leave an empty file
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            partial.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+            with self.partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                os.fsync(file.fileno())  # a power failure could leave an empty file
+            os.replace(self.partial, self.last)
+        except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
+            self.partial.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise InputError(f"{self.last}: cannot be written ({cause})") from error

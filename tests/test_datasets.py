@@ -16,6 +16,7 @@ from PIL import Image
 from common import InputError, streets
 from common.augment import scale_crop_flip
 from common.datasets import MicroBatches, endless, open_dataset, select, split
+from common.images import read_image
 
 REAL_CAMVID = Path(os.environ.get("CAMVID", Path(__file__).parents[2] / "shared/data/camvid"))
 
@@ -69,6 +70,36 @@ def test_folder_pairs_by_stem_and_keeps_images_without_labels(folder):
         open_dataset("folder", folder)
     (folder / "classes.txt").unlink()
     with pytest.raises(InputError, match=r"classes\.txt"):
+        open_dataset("folder", folder)
+
+
+def test_class_names_are_text_without_control_characters(folder):
+    path = folder / "classes.txt"
+    for code in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes("röad\r\n\r\n car x\nsky".encode(code))
+        assert open_dataset("folder", folder).class_names == ("röad", "car x", "sky")
+    names = ("ro\x0cad\ncar", "ro\u2028ad\ncar", "ro\x85ad\ncar", "car\nroad\ncar")
+    contents = [name.encode() for name in names] + ["a\nb".encode("utf-16-le"), b"r\xf6ad\ncar"]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"classes\.txt: .*(control|car is listed twice)"):
+            open_dataset("folder", folder)
+
+
+def test_every_error_of_an_image_names_the_file(folder, monkeypatch):
+    image, label = folder / "images/train/street 0.jpg", folder / "labels/train/street 0.png"
+    data = label.read_bytes()
+    label.write_bytes(data[: data.index(b"IDAT") - 4])
+    with pytest.raises(InputError, match=r"street 0\.png"):  # a label without image data
+        open_dataset("folder", folder)
+    with pytest.raises(InputError, match=r"street 0\.jpg: .*division"):
+        read_image(image, lambda _: 1 / 0)  # predict() turns a picture
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: 1 / 0)
+    with pytest.raises(InputError, match=r"street 0\.jpg: .*division"):
+        read_image(image)
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(InputError, match=r"street 0\.jpg: not a file"):
         open_dataset("folder", folder)
 
 

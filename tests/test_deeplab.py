@@ -265,6 +265,17 @@ WRONG = [
 ]
 
 
+UNUSABLE = {  # tensors of which no network can be made
+    "bn1.weight": torch.tensor([1, torch.nan, 1, 1]),
+    "layer1.0.bn1.bias": torch.full((4,), -torch.inf),
+    "layer1.0.bn2.bias": torch.zeros(4).int(),
+    "layer1.0.conv2.weight": torch.zeros(4, 4, 3, 3).to_sparse(),
+    "bn1.running_var": torch.tensor([1, -1e-3, 1, 1]),
+    "std": torch.tensor([1, 0.0, 1]).view(3, 1, 1),
+}
+WRONG += [(small().state_dict() | {name: UNUSABLE[name]}, f"{name} ") for name in UNUSABLE]
+
+
 @pytest.mark.parametrize(("content", "message"), WRONG)
 def test_wrong_files(content, message, tmp_path):
     path, model = tmp_path / "weights.pth", small()

@@ -260,7 +260,8 @@ def test_each_data_set_trains_and_is_evaluated(command, tmp_path, monkeypatch, n
     args = ("--dataset", name, "--data-dir", WRITE[name](tmp_path / "data"), "--labeled", 2)
     args += (*SMALL.split(), *flags.split(), "--iterations", 2, "--output-dir", tmp_path / "run")
     status, printed, errors = command("classmix", *args)
-    assert (status, errors) == (0, "")
+    warnings = ("warning: the labeled images have no pixel of",)  # so few have not all classes
+    assert status == 0 and all(line.startswith(warnings) for line in errors.splitlines())
     assert f"2 labeled and {count - 2} unlabeled of {count}" in printed
     for flag in ((), ("--full-resolution",)):
         status, printed, errors = command("classmix", "--evaluate", tmp_path / "run/last.pt", *flag)

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, problems, read_log, read_state, start, stopping_train
+from conftest import METHODS, ROOT, finish, problems, read_log, read_state, start, stopping_train
 from PIL import Image
 
 import classmix
@@ -53,7 +53,7 @@ def refused(command):
 
 def parse(*argv):
     """The recipe and the other settings of a ClassMix command."""
-    return flags.parse_args("classmix", "", classmix.RECIPES, argv=argv)
+    return flags.parse_args("classmix", "", classmix.RECIPES, argv=list(map(str, argv)))
 
 
 # ---- What a run leaves ----
@@ -134,9 +134,35 @@ def test_every_flag_of_classmix_reaches_the_step(command, args, tmp_path):
 def test_a_second_signal_does_not_wait_for_the_step(command, args, tmp_path, monkeypatch):
     train = stopping_train("classmix", 3, signal.SIGINT, signal.SIGTERM)
     monkeypatch.setattr(classmix, "train", train)
+    end, last = command("classmix", *args, "--save-every", 2, "--output-dir", tmp_path), "last.pt"
+    resume = f"continue with --resume {tmp_path / last}"
+    assert end[::2] == (143, f"classmix.py: stopped by SIGTERM; {resume}\n")
+    assert torch.load(tmp_path / last, weights_only=True)["iteration"] == 2
+
+
+def test_a_second_signal_waits_for_a_checkpoint(command, args, tmp_path, monkeypatch):
+    def save_between_signals(checkpoint, file, save=torch.save):
+        for part in (None, checkpoint):
+            os.kill(os.getpid(), signal.SIGINT)
+            save(part, file)
+            file.seek(0)
+
+    monkeypatch.setattr(torch, "save", save_between_signals)
     end = command("classmix", *args, "--save-every", 2, "--output-dir", tmp_path / "run")
-    assert end[::2] == (143, "classmix.py: stopped by SIGTERM\n")
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == 2
+    stopped = f"stopped by SIGINT after iteration 3; continue with --resume {tmp_path}/run/last.pt"
+    assert end[::2] == (130, f"classmix.py: {stopped}\n")
+    assert not list((tmp_path / "run").glob("*.partial")) and read_state(tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ctrl_c_during_imports_is_one_line_of_a_program(method, tmp_path, monkeypatch):
+    stop = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    for name in ("torch", "numpy", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(stop)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
+    assert finish(start(f"{method}.py")) == (130, "", "stopped by SIGINT\n")
+    errors = finish(start("-c", f"import {method}"))[2]
+    assert errors.endswith("\nKeyboardInterrupt\n")  # a notebook keeps its own handling
 
 
 FAULTY = f"""
@@ -191,8 +217,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(refused, args, tmp_path, monkeyp
         line = refused(*args, *steps, "--output-dir", out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"{out}/last.pt: cannot be written" in line and not list(out.glob("*.partial"))
+    assert line == f"classmix.py: {out}/last.pt: cannot be written ([Errno 27] File too large)\n"
+    assert not list(out.glob("*.partial"))
     assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 2
+
+
+def test_a_full_disk_is_named_whatever_is_written(refused, args, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", mock.Mock(side_effect=OSError(28, "No space left")))
+    line = refused(*args, "--iterations", 1, "--output-dir", tmp_path / "run")
+    assert line == f"classmix.py: {tmp_path}/run: [Errno 28] No space left\n"
+
+
+def test_a_teacher_that_is_not_finite_is_not_saved(refused, args, tmp_path, monkeypatch):
+    def update(teacher, *_, **__):
+        teacher.bn1.running_mean[1] = torch.nan
+
+    monkeypatch.setattr(classmix, "update_teacher", update)
+    line = refused(*args, "--save-every", 1, "--iterations", 1, "--output-dir", tmp_path / "run")
+    assert "teacher.bn1.running_mean is not finite at step 1" in line
+    assert not [*tmp_path.glob("run/*.pt"), *tmp_path.glob("run/result.json")]
 
 
 @pytest.mark.parametrize("flags", [("--save-every", 1), ()])
@@ -337,6 +380,73 @@ def test_checkpoints_that_do_not_fit_are_refused(refused, args, trained, folder,
     ):
         torch.save(content, other)
         assert expected in refused(flag, other)
+
+
+REMOVED = object()
+BAD_CHECKPOINTS = [
+    ("palette", REMOVED, "'palette'"),
+    ("iteration", -1, "damaged"),
+    ("args/seed", REMOVED, "damaged"),
+    ("args/precision", "fp8", "--precision"),
+    ("recipe/mask", "shark", "--mask"),
+    ("recipe/ema_decay", 1.5, "--ema-decay"),
+    ("state/student", REMOVED, "student"),
+    ("state/student/conv1.weight", torch.ones(4), "student does not fit"),
+    ("state/student/bn1.bias", torch.tensor([1, torch.nan, 1, 1]), "student.bn1.bias is not f"),
+]
+
+
+def change(path: Path, place: str, value) -> None:
+    """Replaces one value in a checkpoint."""
+    part = checkpoint = torch.load(path, weights_only=True)
+    *above, name = place.split("/")
+    for key in above:
+        part = part[key]
+    del part[name]
+    part |= {} if value is REMOVED else {name: value}
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize(("place", "value", "expected"), BAD_CHECKPOINTS)
+def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, value, expected):
+    last = trained / "last.pt"
+    change(last, place, value)
+    picture = ("--predict", last, camvid / "train/000.png", "--out", trained / "out")
+    for line in (refused("--resume", last), refused("--evaluate", last), refused(*picture)):
+        assert line.startswith(f"classmix.py: {last}: ") and expected in line
+    assert not (trained / "out").exists()
+
+
+def test_damage_that_torch_does_not_notice(refused, args, trained):
+    """A flipped bit of a weight, which only the checksums show, and a wrong momentum."""
+    last, new = trained / "last.pt", ("--output-dir", trained / "new")
+    content, data = torch.load(last, weights_only=True), bytearray(last.read_bytes())
+    data[data.index(content["state"]["student"]["layer1.0.conv2.weight"].numpy().tobytes())] ^= 1
+    (trained / "bit.pt").write_bytes(data)
+    assert "a damaged one" in refused("--evaluate", trained / "bit.pt", *new)
+    assert "bit.pt: damaged" in refused(*args, "--weights", trained / "bit.pt", *new)
+    content["state"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(content, last)
+    assert "optimizer does not fit" in refused("--resume", last)
+
+
+def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
+    last = trained / "last.pt"
+    change(last, "recipe/warmup", REMOVED)
+    assert parse("--resume", last)[0].warmup == classmix.RECIPES["camvid"].warmup == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {last}: ") and "without --warmup 0" in line
+
+
+def test_a_resume_killed_between_cutting_and_writing_the_log(command, trained, monkeypatch):
+    cut, log = mock.Mock(wraps=os.truncate), trained / "log.jsonl"
+    before = log.read_bytes()
+    log.write_bytes(before + b'{"iteration": 3}\n')  # after the checkpoint
+    monkeypatch.setattr(os, "truncate", cut)
+    monkeypatch.setattr(run.Session, "_append", mock.Mock(side_effect=KeyboardInterrupt))
+    command("classmix", "--resume", trained / "last.pt")
+    cut.assert_called_once_with(log, len(before))
+    assert before and log.read_bytes() == before
 
 
 # ---- Evaluating and predicting ----
