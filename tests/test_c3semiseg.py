@@ -345,6 +345,15 @@ def test_thresholds_equal_naive_ones(keep, momentum):
         assert torch.equal(mask, regions.confident(confidence, pseudo_label))
 
 
+def test_thresholds_are_exact_quantiles():
+    """Of close confidences, and of 255 classes: with void, ids are all values of a byte."""
+    confidence, label = 1 - torch.rand(2, 40, 50) * 1e-5, torch.arange(4000).view(2, 40, 50) % 256
+    regions = c3semiseg.ConfidentRegions(255, momentum=0.0)
+    regions.update(confidence, label)
+    for c in range(255):
+        assert regions.thresholds[c] == confidence[label == c].sort(descending=True).values[12]
+
+
 def test_void_leaves_the_thresholds_alone():
     confidence, label = torch.rand(2, 20, 30), torch.randint(3, (2, 20, 30))
     void = torch.rand(2, 20, 30) < 0.4
