@@ -6,7 +6,7 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
 
     supervised_loss, consistency_loss  equations 1 and 2
     pixel_contrast_loss                equation 3; with the teacher's embeddings, equation 5
-    box_mask, mix, cut_mix             equation 4 (section 3.2), both complements
+    box_mask, mix, cut_mix, un_mix     equation 4 (section 3.2), both complements
     sample_pixels, contrast_loss       section 3.3
     ConfidentRegions                   equation 6 (section 3.4)
     c3_loss, loss_weights              terms of equation 7 and their weights (section 4.1)
@@ -199,13 +199,20 @@ def mix(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def cut_mix(box: Tensor, batch: Tensor) -> Tensor:
-    """Swaps the boxes of images i and n + i (equation 4): (n,H,W), (2n,C,H,W) -> same.
-
-    Doing it twice restores the batch.
-    """
+    """Swaps the boxes of images i and n + i (equation 4): (n,H,W), (2n,...,H,W) -> same."""
     a, b = batch.chunk(2)
     # m * a + (1 - m) * b and m * b + (1 - m) * a, where m is 0 inside the box
     return torch.cat([mix(box, b, a), mix(box, a, b)])
+
+
+def un_mix(box: Tensor, order: Tensor, mixed: Tensor) -> Tensor:
+    """Restores a batch from cut_mix(box, batch[order]): (n,H,W), (2n,), (2n,C,H,W) -> same.
+
+    This is cut_mix(box, mixed)[order.argsort()] as one lookup, which moves fewer bytes.
+    """
+    image = torch.arange(len(order), device=order.device).view(-1, 1, 1)
+    origin = cut_mix(box, image.expand(-1, *box.shape[1:]))[order.argsort()]
+    return mixed.gather(0, origin.unsqueeze(1).expand_as(mixed))
 
 
 def resize_nearest(values: Tensor, size: tuple) -> Tensor:
@@ -368,15 +375,14 @@ def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="bot
     (image_l, label_l), (image_u, prob, label_u, g_u) = labeled, unlabeled
     image_mix = cut_mix(box, torch.cat([image_l, image_u])[order])
     logits_mix, embedding_mix = student(image_mix)
-    undo = order.argsort()
-    logits = cut_mix(box, logits_mix)[undo]
+    logits = un_mix(box, order, logits_mix)
     logits_l, logits_u = logits.chunk(2)
     terms = {"loss_l": supervised_loss(logits_l, label_l)}
     terms["loss_u"] = consistency_loss(logits_u, prob, label_u != 255)
     if contrast is not None:
         # The published code un-mixes features. The head has 1x1 convolutions: it is the same.
         small_box = resize_nearest(box, embedding_mix.shape[2:])
-        embedding = cut_mix(small_box, embedding_mix)[undo]
+        embedding = un_mix(small_box, order, embedding_mix)
         f_l, f_u = embedding.chunk(2)
         if sets == "labeled":
             terms["loss_c"] = contrast(f_l, f_l, label_l, logits_l)
@@ -385,7 +391,8 @@ def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="bot
         else:
             g, label = torch.cat([f_l.detach(), g_u]), torch.cat([label_l, label_u])
             terms["loss_c"] = contrast(embedding, g, label, logits)
-    details = {"mixed_image": image_mix[undo].chunk(2)[0], "labeled_prediction": logits_l.argmax(1)}
+    mixed_image = image_mix[order.argsort()[: len(image_l)]]
+    details = {"mixed_image": mixed_image, "labeled_prediction": logits_l.argmax(1)}
     details |= {"strong_view": image_u, "pseudo_label": label_u, "prediction": logits_u.detach()}
     return terms, details
 

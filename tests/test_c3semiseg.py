@@ -67,6 +67,7 @@ def test_cut_mix_undoes_itself(mixing, n):
     shuffled = batch[order]
     mixed = c3semiseg.cut_mix(box, shuffled)
     assert torch.equal(c3semiseg.cut_mix(box, mixed)[order.argsort()], batch)
+    assert torch.equal(c3semiseg.un_mix(box, order, mixed), batch)
     assert torch.equal(mixed, shuffled) == (mixing == "none")
 
 
