@@ -119,13 +119,14 @@ def cow_mask(batch: int, size: tuple, *, sigma_range: tuple, generator=None, dev
     low, high = math.log(sigma_range[0]), math.log(sigma_range[1])
     uniform = torch.rand(batch, 1, 1, generator=generator, device=device)
     sigma = (low + (high - low) * uniform).exp()
-    smooth = torch.randn(batch, *size, generator=generator, device=device)
-    for n in size:  # blur by damping the cosine transform, first of the height, then of the width
-        k = torch.arange(n, device=device)
-        cosine = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * (2 / n) ** 0.5
+    waves = [min(n, math.ceil(2 * n / sigma_range[0])) for n in size]  # blur removes shorter ones
+    smooth = torch.randn(batch, *waves, generator=generator, device=device)  # cosine transform
+    for n, count in zip(size, waves, strict=True):  # damp and transform back: height, then width
+        frequency = math.pi / n * torch.arange(count, device=device).view(-1, 1)
+        cosine = torch.cos(frequency * (torch.arange(n, device=device) + 0.5)) * (2 / n) ** 0.5
         cosine[0] /= 2**0.5
-        damping = torch.exp(-0.5 * (math.pi / n * k[:, None] * sigma) ** 2)
-        smooth = (cosine.T @ (damping * (cosine @ smooth))).transpose(1, 2)
+        damping = torch.exp(-0.5 * (frequency * sigma) ** 2)
+        smooth = (cosine.T @ (damping * smooth)).transpose(1, 2)
     return smooth > smooth.mean((1, 2), keepdim=True)
 
 
