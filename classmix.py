@@ -29,8 +29,7 @@ and the loss is weighted by the share of pixels of which the teacher is confiden
 
 (1) Not mirrored; one of 12 scales of 0.5-1.6, not antialiased; padded right and below; shown as RGB
 to weights that expect BGR; scored on images padded to 505x505. (2) On Cityscapes, the means of RGB
-are subtracted from BGR: use the flag with the authors' weights. (3) Those of batch norm; only the
-score of the teacher depends on them.
+are subtracted from BGR: use the flag with the authors' weights. (3) Only its own score needs them.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 

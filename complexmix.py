@@ -33,7 +33,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from common import InputError, ranks, run
+from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
+
+# isort: split
 from common.augment import scale_crop_flip, without_label
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
