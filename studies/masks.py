@@ -1,7 +1,27 @@
 """The four methods' masks on one image, and the numbers behind what the papers say of them.
 
-python studies/masks.py
-python studies/masks.py --dataset camvid --data-dir data/camvid
+    python studies/masks.py
+    python studies/masks.py --dataset camvid --data-dir data/camvid --images 101
+
+True labels take the place of the teacher's predictions, so these are the masks of a perfect
+teacher. Means over 100 streets of 512x1024 pixels | over CamVid's 101 validation photographs:
+
+masks              perimeter of 1000 pixels   of it on class boundaries, %   classes cut, %
+CutMix             4.1 | 7.0                  0.6 | 1.5                      92 | 77
+CowMix             31 | 63                    0.8 | 1.8                      99 | 99
+ClassMix           8.3 | 18                   100 | 100                      0 | 0
+ComplexMix, p = 4  13 | 26                    66 | 73                        92 | 89
+... p = 16         30 | 54                    28 | 34                        99 | 99
+... p = 64, 128    99, 191 | 165, 314         8, 4 | 11, 6                   100 | 100
+
+- CowMix (3.4, figure 4): p = 0.5 gives half of the pixels, and twice the sigma about a quarter of
+  the variation. Agrees: the share is 0.500 +- 0.011. The regions, 1330 at sigma 2, become 3.8, 3.4,
+  2.9, 2.6 and 2.2 times fewer with each doubling; those cut by the border count whole.
+- ClassMix (4.2): masks follow the boundaries of objects, and CutMix's cut objects. Agrees.
+  CutMix's and CowMix's edges lie on boundaries as rarely as any pair of pixels: 0.7 | 1.8 %.
+- ComplexMix (3.1): a larger p is more complex but less correct. Agrees, and is steep: from
+  p = 16 on, every class is cut, and most of the edge is the blocks'. Half of all classes is half
+  of the pixels for any p; half of the classes present in a block is 39, 21, 7 and 3 % of them.
 """
 
 import argparse

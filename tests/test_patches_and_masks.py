@@ -95,6 +95,8 @@ def test_nearest_patches_equal_a_search():
                 best[kind] = min(best[kind], np.linalg.norm(patch(other, y, x, side) - mine))
         np.testing.assert_allclose(distances, [best[True], best[False]], rtol=1e-4)
         assert study.nearest([query], image, label, side)[0, 0] < 1e-2  # finds itself
+    void = np.full_like(label, 255)
+    assert np.isinf(study.nearest(queries, image, void, side)).all()
 
 
 def test_queries_lie_on_both_sides_of_a_boundary():
@@ -143,6 +145,8 @@ def test_masks_have_what_the_papers_say():
     perimeters = [rows[f"ComplexMix, p = {p}"]["perimeter, of 1000 pixels"] for p in masks.BLOCKS]
     followed = [rows[f"ComplexMix, p = {p}"][masks.FOLLOWS] for p in masks.BLOCKS]
     assert perimeters == sorted(perimeters) and followed == sorted(followed, reverse=True)
+    shares = [rows[f"ComplexMix, p = 64{end}"]["share of pixels"] for end in ("", masks.PRESENT)]
+    assert shares[0] == pytest.approx(0.5, abs=0.05) and shares[1] == 0  # half of one class is none
     coarse, fine = (rows[f"CowMix, sigma = {s}"]["perimeter, of 1000 pixels"] for s in (8, 4))
     assert fine / coarse == pytest.approx(2, rel=0.2)
 
