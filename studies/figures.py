@@ -1,6 +1,8 @@
 """What the studies share: flags, images, sheets of pictures with captions."""
 
 import argparse
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +59,14 @@ def save_sheet(path: Path, rows: list[list[tuple[str, Image.Image]]], gap: int =
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
     print(path)
+
+
+def save_numbers(path: Path, numbers: dict) -> None:
+    """Writes and prints JSON, with a list of numbers on one line."""
+    lines = json.dumps(numbers, indent=1, default=float)
+    text = re.sub(r"\[[^\[\]]*\]", lambda found: " ".join(found[0].split()), lines)
+    path.write_text(text + "\n")
+    print(text)
 
 
 def draw_map(values: np.ndarray, label: np.ndarray) -> Image.Image:

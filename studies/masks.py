@@ -25,18 +25,14 @@ ComplexMix, p = 4  13 | 26                    66 | 73                        92 
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from figures import FONT, parse, save_sheet
+from figures import FONT, parse, save_numbers, save_sheet
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cowmix
 from c3semiseg import box_mask
@@ -155,7 +151,7 @@ def draw_figure_4(path: Path) -> None:
 
 
 def main() -> None:
-    """Draws the pictures, measures the masks of all images, prints and writes the numbers."""
+    """Draws the pictures, measures the masks of all images and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=OUT)
     args, pairs, palette = parse(parser, "val")
@@ -179,14 +175,11 @@ def main() -> None:
         "images": len(scenes),
         "share of all pairs of pixels on class boundaries": boundaries,
     }
-    print(f"mean and deviation over {len(scenes)} images: " + ", ".join(values))
     for name, row in rows.items():
         mean, deviation = np.nanmean(row, 0), np.nanstd(row, 0)
-        cells = [f"{m:9.3f} +- {d:.3f}" for m, d in zip(mean, deviation, strict=True)]
-        print(f"{name:36}" + "".join(cells))
-        pairs = zip(values, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True)
-        numbers[name] = {key: list(pair) for key, pair in pairs}
-    (args.out / f"{args.dataset}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        pairs = zip(values, mean.tolist(), deviation.tolist(), strict=True)
+        numbers[name] = {f"{key}, mean and deviation": pair for key, *pair in pairs}
+    save_numbers(args.out / f"{args.dataset}.json", numbers)
 
 
 if __name__ == "__main__":

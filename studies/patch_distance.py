@@ -5,17 +5,13 @@ python studies/patch_distance.py --dataset camvid --data-dir data/camvid
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from figures import draw_histogram, draw_map, parse, save_sheet
+from figures import draw_histogram, draw_map, parse, save_numbers, save_sheet
 from PIL import Image, ImageOps
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.layouts import VOID
 
@@ -186,9 +182,7 @@ def main() -> None:
         parser.error(f"--patches {max(args.patches)}: larger than the images")
     numbers, counts, ratio = measure(images, sorted(args.patches), args.queries)
     draw(args.out, args.dataset, *images[0], counts, ratio)
-    text = json.dumps(numbers, indent=1)
-    (args.out / f"{args.dataset}.json").write_text(text + "\n")
-    print(text)
+    save_numbers(args.out / f"{args.dataset}.json", numbers)
 
 
 if __name__ == "__main__":
