@@ -1,7 +1,16 @@
 """Are there gaps between classes in an image? CowMix, section 3.1, figures 1, 5 and 6.
 
-python studies/patch_distance.py
-python studies/patch_distance.py --dataset camvid --data-dir data/camvid
+    python studies/patch_distance.py --dataset camvid --data-dir data/camvid --images 367
+    python studies/patch_distance.py --images 50 --queries 50
+
+CamVid's 367 training photographs | 50 streets of 512x1024 pixels:
+- Figures 1, 5: the distance between patches of neighbouring pixels has "effectively no correlation"
+  with a class boundary between them. Agrees in part: a pair across a boundary is farther apart than
+  a pair of one class in 78 | 72 % of cases at 15x15 pixels, in 66 | 54 % at 225x225 (the AUC; image
+  by image 77 +- 5, 65 +- 7 | 84 +- 4, 64 +- 4). Correlations are 0.13, 0.07 | 0.07, 0.01.
+- Figure 6: the nearest patch in another image is 3 times as far as the one across a boundary.
+  Agrees that it is farther: the median is 1.9 (10-90 %: 1.2-2.4) | 6.1 (3.3-9.4). CamVid is a
+  video; --images 40, every ninth photograph, gives 2.2. Its class makes no difference.
 """
 
 import argparse
@@ -181,7 +190,7 @@ def main() -> None:
     if min(images[0][1].shape) < max(args.patches):
         parser.error(f"--patches {max(args.patches)}: larger than the images")
     numbers, counts, ratio = measure(images, sorted(args.patches), args.queries)
-    draw(args.out, args.dataset, *images[0], counts, ratio)
+    draw(args.out, args.dataset, *images[len(images) // 2], counts, ratio)
     save_numbers(args.out / f"{args.dataset}.json", numbers)
 
 
