@@ -1,9 +1,8 @@
-"""Draws cow masks as in figure 4 of the paper, or times them against SciPy's filter.
+"""Times cow masks against SciPy's filter.
 
-    python benchmarks/cow_masks.py --picture results/cowmix/masks.png
     python benchmarks/cow_masks.py --repeats 20 --threads 2
 
-Timing draws two masks of 512x1024 pixels, once with cow_mask and once with listing 1 of the paper.
+Draws two masks of 512x1024 pixels, once with cow_mask and once with listing 1 of the paper.
 """
 
 import argparse
@@ -13,14 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 from scipy.special import erfinv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cowmix import cow_mask
-
-SIGMAS, SIDE, GAP, CAPTION = (2, 4, 8, 16, 32, 64), 384, 8, 16
 
 
 def listing_1(size: tuple, sigma: float, p: float) -> np.ndarray:
@@ -28,21 +24,6 @@ def listing_1(size: tuple, sigma: float, p: float) -> np.ndarray:
     noise = np.random.normal(size=size)
     smooth = gaussian_filter(noise, sigma)
     return smooth > erfinv(p * 2 - 1) * 2**0.5 * smooth.std() + smooth.mean()
-
-
-def draw(path: Path) -> None:
-    """Writes a picture with a mask for each sigma (figure 4)."""
-    sheet = Image.new("RGB", (len(SIGMAS) * (SIDE // 2 + GAP), CAPTION + SIDE // 2), "white")
-    for column, sigma in enumerate(SIGMAS):
-        generator = torch.Generator().manual_seed(column)
-        mask = cow_mask(1, (SIDE, SIDE), sigma_range=(sigma, sigma), generator=generator)[0]
-        left = column * (SIDE // 2 + GAP)
-        picture = Image.fromarray(255 * mask.byte().numpy()).resize((SIDE // 2, SIDE // 2))
-        sheet.paste(picture, (left, CAPTION))
-        ImageDraw.Draw(sheet).text((left, 2), f"sigma {sigma}", fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    print(path)
 
 
 def compare(repeats: int, threads: int) -> None:
@@ -70,16 +51,12 @@ def compare(repeats: int, threads: int) -> None:
 
 
 def main() -> None:
-    """Draws or times."""
+    """Reads the flags and times."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--picture", type=Path, help="draw this file instead of timing")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    if args.picture:
-        draw(args.picture)
-    else:
-        compare(args.repeats, args.threads)
+    compare(args.repeats, args.threads)
 
 
 if __name__ == "__main__":
