@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -85,13 +86,13 @@ def analyse(labels: Tensor, class_names, seed: int = 0) -> tuple[dict, Tensor, T
     """Returns the numbers and the maps before and after mixing: (K,H,W) twice."""
     num_classes, generator = len(class_names), torch.Generator().manual_seed(seed)
     before = frequency(labels, num_classes)
-    after, replaced, kept = torch.zeros_like(before), torch.zeros(num_classes), 0
+    after, pasted, hits = torch.zeros_like(before), torch.zeros(num_classes), []
     for _ in range(ROUNDS):
         mixed, mask, other = mix_pairs(labels, num_classes, generator)
         after += frequency(mixed, num_classes) / ROUNDS
-        pasted = mask & (other != VOID)
-        replaced += torch.bincount(labels[pasted].long(), minlength=num_classes)
-        kept += (pasted & (labels == other)).sum().item()
+        counts = mask & (other != VOID)
+        pasted += torch.bincount(labels[counts].long(), minlength=num_classes)
+        hits.append((labels == other)[counts].float().mean().item())
     random = frequency(shift(labels, generator), num_classes)
     share = before.mean((1, 2)) / before.mean((1, 2)).sum()
     columns = {
@@ -110,8 +111,9 @@ def analyse(labels: Tensor, class_names, seed: int = 0) -> tuple[dict, Tensor, T
     result = {
         "images": len(labels),
         "mean": {key: values[present].mean().item() for key, values in columns.items()},
-        "pasted_on_same_class": kept / replaced.sum().item(),
-        "same_class_at_random_place": (replaced / replaced.sum() * share).sum().item(),
+        "pasted_on_same_class": mean(hits),
+        "pasted_on_same_class_deviation": stdev(hits),
+        "same_class_at_random_place": (pasted / pasted.sum() * share).sum().item(),
         "classes": classes,
     }
     return result, before, after
@@ -124,14 +126,12 @@ def draw(before: Tensor, after: Tensor, class_names) -> Image.Image:
     rows = -(-len(class_names) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * cell[0], rows * cell[1] + 2 * TEXT), "white")
     pen = ImageDraw.Draw(sheet)
-    title = "Left: training labels. Right: after ClassMix. White: the class is never at this place."
-    pen.text((6, 4), title, "black", ImageFont.load_default(18))
-    pen.text(
-        (6, 4 + TEXT),
-        "Black: it is in the given share of the images.",
-        "black",
-        ImageFont.load_default(18),
+    lines = (
+        "Left: in the training labels. Right: after ClassMix. White: no image has the class here.",
+        "Black: the class is here in as many images as the number at its name says.",
     )
+    for i, line in enumerate(lines):
+        pen.text((6, 4 + i * TEXT), line, "black", ImageFont.load_default(18))
     for k, name in enumerate(class_names):
         left, top = 6 + k % COLUMNS * cell[0], 2 * TEXT + 8 + k // COLUMNS * cell[1]
         darkest = max(before[k].max().item(), after[k].max().item(), 1e-9)
@@ -159,7 +159,8 @@ def main() -> None:
     result, before, after = analyse(labels, class_names)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stem = args.output_dir / f"spatial_{args.dataset}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 4))
+    stem.with_suffix(".json").write_text(json.dumps(rounded, indent=1) + "\n")
     draw(before, after, class_names).save(stem.with_suffix(".png"))
     for name, row in (*result["classes"].items(), ("mean", result["mean"])):
         cells = [f"{key} {row[key]:.3f}" for key in result["mean"]]
