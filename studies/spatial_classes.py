@@ -1,4 +1,26 @@
-"""Where in the image each class is, and what ClassMix changes about it (ClassMix, figures 5, 6)."""
+"""Where in the image each class is, and what ClassMix changes about it (ClassMix, figures 5, 6).
+
+    python studies/spatial_classes.py
+    python studies/spatial_classes.py --dataset camvid --data-dir data/camvid --size 120 160
+
+Section 4.2 of the paper explains with two claims why ClassMix does well on Cityscapes: (1) "classes
+are not uniformly distributed across the image area, but instead clustered in smaller regions";
+(2) "objects that are pasted from one image to another are likely to end up in a reasonable
+context". Measured on the training labels, each mixed with 5 random others (mean over classes):
+
+                                                            CamVid       streets
+    area in which a class is (1: uniform)                   0.39         0.45
+      and in images that are shifted at random              0.90         0.99
+    share of a class that ClassMix moves to other places    0.03         0.01
+      and that random shifts move                           0.59         0.53
+    pasted pixels that hit their own class                  53.7 +- 0.8% 46.2 +- 0.5%
+      and that would if they fell on random places          21.4%        19.0%
+
+Both claims hold on CamVid. ClassMix pastes at the same place, which is why the maps stay; the last
+two rows measure the context. streets is rendered after such photographs, which proves nothing about
+real ones. The claim that Pascal VOC is more uniform than Cityscapes was not measured: neither is
+here (--dataset voc or cityscapes). The deviations are those of the 5 rounds of mixing.
+"""
 
 import argparse
 import json
@@ -61,7 +83,7 @@ def normalize(maps: Tensor) -> Tensor:
 
 
 def used_area(maps: Tensor) -> Tensor:
-    """exp(entropy) as a share of all places: 1 if the class is uniform, (K,H,W) -> (K,)."""
+    """exp(entropy) of the places of a class, as a share of all places: (K,H,W) -> (K,)."""
     entropy = torch.special.entr(normalize(maps)).sum(1)
     return entropy.exp() / maps[0].numel()
 
