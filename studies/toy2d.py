@@ -1,4 +1,25 @@
-"""DOC"""
+"""Where a decision boundary settles in two dimensions (CowMix, figure 2, section 3.2).
+
+    python studies/toy2d.py
+
+Ten points are labeled; a mean teacher learns from the others. The paper claims: (a) if there is a
+gap between the classes, the boundary "settles neatly between the two clusters"; (b) without a gap,
+consistency "does more harm than good"; (d) if perturbed points keep their distance to the true
+boundary (c), the learned boundary "aligns well with the true class boundary". Seeds differ in the
+labels and in the network. Mean and deviation over all seeds:
+
+                                        supervised    (a)           (b)           (d)
+    wrong points, %                     14.1 +- 3.7   5.0 +- 3.2    12.0 +- 3.4   6.4 +- 4.9
+      outside the gap, %                7.6 +- 4.2    1.2 +- 2.6    5.6 +- 4.6    1.9 +- 3.9
+    distance of the boundary, pixels    43.9 +- 7.7   15.3 +- 9.3   38.1 +- 6.0   19.4 +- 12.6
+    mean |cos| of the slopes            0.60 +- 0.03  0.91 +- 0.11  0.62 +- 0.04  0.97 +- 0.04
+
+(a) agrees, except for seed 2, whose labels mislead all networks. (b) agrees in part: the boundary
+ignores the true one, but no seed is worse than supervised training. (d) agrees: the slopes align,
+and each seed beats supervised training and (b), but 2 to 14% of the points stay wrong.
+We tuned batch, steps and learning rate, which the paper leaves open, on the errors of seeds 0 and
+1; its curve, labels and sigma of (a) and (b) are unknown.
+"""
 
 import json
 import sys
