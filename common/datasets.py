@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common import InputError, cache, layouts, streets, warn
-from common.images import check_pair, check_palettes, read_image, read_label
-from common.layouts import VOID, read_lines
+from common.layouts import VOID, check_pair, check_palettes, read_image, read_label, read_lines
 
 SILENCE = 60  # seconds after which a run gives up loader processes that give no data
 # Defaults of the flags --labeled and --weights.
@@ -184,15 +183,14 @@ def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> 
 
 def check_classes(train, labeled: list[int], class_names: tuple) -> None:
     """Warns of classes that the labeled images lack, and refuses fewer than two classes."""
-    count = np.zeros(256, np.int64)
-    for index in labeled[:1000]:  # more images hardly lack a class
-        count += np.bincount(train[index][1].flatten(), minlength=256)
+    labels = (train[index][1] for index in labeled[:1000])  # more images hardly lack a class
+    count = sum(np.bincount(label.flatten(), minlength=256) for label in labels)
     lacking = [name for k, name in enumerate(class_names) if count[k] == 0]
-    void = f"{100 * count[VOID] / count.sum():.1f}% of their pixels are void"
     if len(lacking) > len(class_names) - 2:
         text = f"the labeled images hold only the ids {np.flatnonzero(count).tolist()}"
         raise InputError(f"{text} (255 is void): class ids begin with 0; is 255 your class 1?")
     if lacking:
+        void = f"{100 * count[VOID] / count.sum():.1f}% of their pixels are void"
         warn(f"the labeled images have no pixel of {', '.join(lacking)}; {void}")
 
 

@@ -17,8 +17,7 @@ from torchvision.utils import make_grid
 
 from common import InputError
 from common.datasets import Images, loader, open_dataset
-from common.images import read_image
-from common.layouts import images_in
+from common.layouts import images_in, read_image
 
 
 def autocast(args: Namespace) -> torch.autocast:
@@ -45,10 +44,8 @@ def segment(network: nn.Module, image: Tensor, size, crop=None) -> Tensor:
         return network.classify(network.features(image), size)
     (height, width), total, count = image.shape[-2:], 0, 0
     h, w = min(height, crop[0]), min(width, crop[1])
-    tops, lefts = (
-        np.linspace(0, n - m, 1 + math.ceil(1.5 * (n - m) / m), dtype=int).tolist()
-        for n, m in ((height, h), (width, w))
-    )
+    tops = np.linspace(0, height - h, 1 + math.ceil(1.5 * (height - h) / h), dtype=int).tolist()
+    lefts = np.linspace(0, width - w, 1 + math.ceil(1.5 * (width - w) / w), dtype=int).tolist()
     for top, left in itertools.product(tops, lefts):
         part = image[..., top : top + h, left : left + w]
         logits = network.classify(network.features(part), (h, w))
@@ -104,11 +101,7 @@ def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False, crop=None):
-    """Returns a picture, turned as its EXIF says, and its predicted classes, (H,W) uint8.
-
-    The network sees it resized to `seen` (height, width), as in training. keep_aspect changes both
-    sides by one factor, to as many pixels.
-    """
+    """Returns a picture, which the network sees at a size, and its classes, (H,W) uint8."""
     picture = read_image(path, ImageOps.exif_transpose)
     own = picture.height, picture.width
     if keep_aspect and seen is not None:
@@ -155,30 +148,28 @@ def load_state(parts: dict, checkpoint: dict) -> None:
     for name, part in parts.items():
         try:
             part.load_state_dict(checkpoint["state"][name])
-            kept = getattr(part, "state", {}).items()  # of an optimizer
-            [t.expand_as(p) for p, own in kept for t in own.values() if torch.is_tensor(t)]
         except Exception as error:  # KeyError, RuntimeError, ValueError and more
             raise InputError(f"{checkpoint['path']}: {name} does not fit these flags") from error
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
-    classes = args.checkpoint["class_names"]
-    loaded = network(recipe, len(classes), pretrained=args.weights != "none")
+    num_classes = len(args.checkpoint["class_names"])
+    loaded = network(recipe, num_classes, pretrained=args.weights != "none")
     load_state({name: loaded}, args.checkpoint)
     return loaded.to(args.device)
 
 
 def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
     """Prints the IoU of a checkpoint's student and teacher (--evaluate)."""
-    full, size = args.full_resolution, recipe.size
+    size, full = recipe.size, args.full_resolution
     data = open_dataset(args.dataset, args.data_dir, size=size, full_labels=full)
     if (known := args.checkpoint["class_names"]) != list(data.class_names):
         raise InputError(f"--evaluate: trained on other classes: {', '.join(known)}")
     networks = {n: _load_network(recipe, args, network, n) for n in ("student", "teacher")}
     part, images = data.scored(args.evaluate_split)
     scores = evaluate(networks, images, data.num_classes, args)
-    size = "their own size" if full or size is None else "{}x{}".format(*size)
-    print(f"{len(images)} {part} images, labels at {size}")
+    shown = "x".join(map(str, size)) if size and not full else "their own size"
+    print(f"{len(images)} {part} images, labels at {shown}")
     print(iou_table(scores, data.class_names))
 
 
@@ -195,16 +186,14 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
         raise InputError(f"--predict: results in {folder} would overwrite a picture or each other")
     headline = _load_network(recipe, args, network, args.checkpoint["headline"])
     folder.mkdir(parents=True, exist_ok=True)
-    failed = False
+    failed, how = False, {"keep_aspect": args.keep_aspect, "crop": args.eval_crop}
     for path in paths:
         try:
-            how = {"keep_aspect": args.keep_aspect, "crop": args.eval_crop}
-            result = predict(headline, path, recipe.size, args.device, **how)
+            picture, prediction = predict(headline, path, recipe.size, args.device, **how)
         except InputError as error:
             print(f"{args.method}.py: {error}", file=sys.stderr)
             failed = True
             continue
-        picture, prediction = result
         result, classes = folder / path.stem, colorize(prediction, args.checkpoint["palette"])
         classes.save(f"{result}.png")
         Image.blend(picture, classes.convert("RGB"), 0.5).save(f"{result}_overlay.png")

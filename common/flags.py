@@ -109,9 +109,8 @@ def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dic
         return {**values, "precision": None}  # the stored one may not suit this machine
     for name in (*FIXED, *recipe):
         if given.get(name, values[name]) != values[name]:
-            flag, kept = name.replace("_", "-"), values[name]
-            hint = "start a new one; --weights LAST.PT begins with this one's network"
-            raise InputError(f"--{flag}: this run was started with {kept}; {hint}")
+            flag, hint = name.replace("_", "-"), f"a new run can begin with --weights {path}"
+            raise InputError(f"--{flag}: this run was started with {values[name]}; {hint}")
     return values
 
 

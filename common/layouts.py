@@ -1,27 +1,26 @@
-"""Where each data set keeps its images and labels, and what the ids in its labels mean.
+"""Where each data set keeps its images and labels, what their ids mean, and reading both.
 
 FILES[name](folder) returns the files, {part: {name: (image path, label path or None)}}, a table
 from label ids to training ids, (256,) uint8, the class names and their colours (RGB 0-255).
 """
 
 import re
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
+from PIL import ExifTags, Image
+from scipy.io import loadmat
 from torchvision.datasets import Cityscapes
 
 from common import InputError, warn
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow takes very large photographs for attacks
 VOID = 255
 INVALID = 254  # in a table: an id that the data set does not have
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how such a text file begins
-FORMATS = {"JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "AVIF", "PPM", "TGA"}
-ENDINGS = [end[1:] for end, kind in PIL.Image.registered_extensions().items() if kind in FORMATS]
-IMAGE = rf"\.({'|'.join(ENDINGS)})"  # the end of an image's file name, as far as Pillow reads it
-# Published number of images in each part.
-COUNTS = {
+IMAGE = r"\.(jpe?g|png|bmp|gif|tiff?|webp|jp2|avif|ppm|tga)"  # the end of an image's file name
+COUNTS = {  # published numbers of images
     "cityscapes": {"train": 2975, "val": 500},
     "voc": {"train": 10582, "val": 1449},
     "camvid": {"train": 367, "val": 101, "test": 233},
@@ -128,7 +127,8 @@ FILES = {
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of UTF-8 or marked UTF-16 text, stripped, without the blank ones."""
     data = path.read_bytes()
-    text = data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig", errors="replace")
+    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = data.decode(code, errors="replace")
     if wrong := re.search(r"[^\t\n\r -~\xa0-\u2027\u202a-\ufffc\U00010000-\U0010ffff]", text):
         raise InputError(f"{path}: not UTF-8, or has control characters ({wrong[0]!a})")
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
@@ -197,3 +197,67 @@ def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
     shifts = 3 * np.arange(8) + np.arange(3)[:, None]  # by colour and bit
     bits = np.arange(num_classes)[:, None, None] >> shifts & 1
     return [tuple(color) for color in np.packbits(bits, axis=-1)[..., 0].tolist()]
+
+
+def check_pair(image_path: Path, label_path: Path | None) -> tuple[tuple, bytes | None]:
+    """Reads the headers. Returns the width and height of both files, and the label's palette."""
+    # PNG would be decoded if Pillow had to look for EXIF.
+    size, exif = _read(image_path, lambda i: (i.size, i.getexif() if "exif" in i.info else {}))
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    turned = size[::-1] if orientation >= 5 else size
+    if label_path is None:
+        return turned, None
+    if label_path.suffix == ".mat":
+        with label_path.open("rb") as file:  # reading its size would take too long
+            if file.read(10) != b"MATLAB 5.0":
+                raise InputError(f"{label_path}: an empty file, or not a MATLAB 5 file")
+        return size, None
+    kind, tile, label_size, palette = _read(
+        label_path, lambda label: (label.format, label.tile[0][3], label.size, label.palette)
+    )
+    # Pillow stretches grey values of fewer than 8 bits to 0-255, which changes the ids.
+    mode = tile[0] if isinstance(tile, tuple) else tile
+    if kind not in ("PNG", "BMP", "TIFF") or mode not in ("L", "P", "P;1", "P;2", "P;4"):
+        raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
+    if label_size not in (size, turned):
+        raise InputError(f"{label_path}: {label_size} pixels, but {image_path.name} has {size}")
+    if orientation > 1 and size == turned:
+        raise InputError(f"{image_path}: EXIF turns it; turn its label too, and remove the tag")
+    return label_size, palette and palette.palette
+
+
+def check_palettes(files: list, palettes: list, table: np.ndarray) -> None:
+    """Refuses palettes that give a class id different colours, because ids then differ, too."""
+    used = 3 * np.count_nonzero(table < INVALID)
+    given = [(files[k][1], palette[:used]) for k, palette in enumerate(palettes) if palette]
+    for path, palette in given:
+        if any(a != b for a, b in zip(palette, given[0][1], strict=False)):
+            raise InputError(f"{path}: its palette is not that of {given[0][0]}; are ids the same?")
+
+
+def read_image(path: Path, turn: Callable = lambda image: image) -> Image.Image:
+    """Reads an image as RGB and turns it."""
+    return _read(path, lambda image: turn(image.convert("RGB")))
+
+
+def read_label(path: Path, table: np.ndarray) -> Image.Image:
+    """Reads a label and maps its ids to training ids."""
+    known = np.flatnonzero(table != INVALID)
+    ids, wrong = _read(path, lambda ids: (np.asarray(ids), np.setdiff1d(ids, known)))
+    if len(wrong) > 0:
+        raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
+    return Image.fromarray(table[ids.astype(np.uint8)])
+
+
+def _read(path: Path, use: Callable):
+    """Returns use(image), or use(class ids) of a .mat file of SBD. Every error names the file."""
+    try:
+        if path.suffix == ".mat":
+            return use(loadmat(path)["GTcls"][0, 0]["Segmentation"])
+        with Image.open(path) as image:
+            deep, result = image.mode.startswith(("I", "F")), use(image)
+    except Exception as error:  # a damaged file raises nearly any type
+        raise InputError(f"{path}: a damaged file, an empty file, no image ({error!r})") from error
+    if deep:
+        raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
+    return result

@@ -21,6 +21,8 @@ from common.deeplab import unsound
 from common.flags import parse_args
 from common.ranks import SIGNALS, all_max
 
+SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
+
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
     """Runs the command of a method file. A user's mistake or a signal ends it with one line."""
@@ -65,14 +67,10 @@ def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
     return network
 
 
-SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
-
-
 class Session:
-    """One training run. A checkpoint keeps its state: networks, optimizer and more.
+    """One training run of networks, optimizer and more (state), which its checkpoints keep.
 
-    split: labeled and unlabeled indices. headline: the network to report. accumulate: the count
-    of micro-batches on each rank. micro_batches: this rank's, numbered across all ranks.
+    headline: the network to report. micro_batches: this rank's, numbered across all ranks.
     """
 
     def __init__(self, recipe, args, data: Data, split, state, *, headline: str, accumulate=None):
