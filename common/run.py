@@ -101,7 +101,7 @@ class Session:
         if all_max(self.start) != self.start:
             raise InputError("--resume: ranks found different checkpoints; share the folder")
         self.data.train.prepare(build=False)  # the other ranks of this machine find the cache
-        if self.first and not self.start:
+        if self.first and not self.start and self.args.dataset != "streets":
             check_classes(self.data.train, self.split[0], self.data.class_names)
         for number in SIGNALS:
             signal.signal(number, self._on_signal)

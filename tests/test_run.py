@@ -156,7 +156,10 @@ def test_a_second_signal_waits_for_a_checkpoint(command, args, tmp_path, monkeyp
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ctrl_c_during_imports_is_one_line_of_a_program(method, tmp_path, monkeypatch):
-    stop = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    stop = "import os, signal, time\n"
+    stop += "if signal.getsignal(2) == signal.SIG_IGN:  # inherited from a background job\n"
+    stop += "    signal.signal(2, signal.default_int_handler)\n"
+    stop += "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
     for name in ("torch", "numpy", "torchvision"):
         (tmp_path / f"{name}.py").write_text(stop)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
