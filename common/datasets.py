@@ -183,7 +183,7 @@ def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> 
 
 def check_classes(train, labeled: list[int], class_names: tuple) -> None:
     """Warns of classes that the labeled images lack, and refuses fewer than two classes."""
-    labels = (train[index][1] for index in labeled[:1000])  # more images hardly lack a class
+    labels = (train[i][1] for i in labeled[:: len(labeled) // 1000 + 1])  # 1000 are enough
     count = sum(np.bincount(label.flatten(), minlength=256) for label in labels)
     lacking = [name for k, name in enumerate(class_names) if count[k] == 0]
     if len(lacking) > len(class_names) - 2:
@@ -256,12 +256,12 @@ def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device)
 def loader(dataset: Dataset, workers: int, **options) -> Iterator:
     """Yields what a DataLoader does. Its processes leave signals to the main process.
 
-    What they load ahead fits in half of the shared memory; some containers have only 64 MB of it.
+    What they load ahead fits in a quarter of the shared memory; some containers have 64 MB.
     """
     shared = shutil.disk_usage("/dev/shm").free if workers and Path("/dev/shm").exists() else 2**40
     if shared < 2**30:
         batch = sum(tensor.nbytes for tensor in dataset[0]) * (options["batch_size"] or 1)
-        if (fitting := shared // 2 // batch) < 2 * workers:
+        if (fitting := shared // 4 // batch) < 2 * workers:
             workers = min(workers, fitting)
             warn(f"{shared / 2**20:.0f} MB of shared memory: {workers} loader processes")
             options |= {"prefetch_factor": 1 if workers else None}
@@ -269,7 +269,8 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
     try:
         yield from DataLoader(dataset, num_workers=workers, **options)
     except RuntimeError as error:  # a process died, or gave nothing for a minute
-        raise InputError(f"loading images: {error} (fewer --workers?)".splitlines()[0]) from error
+        lines = str(error).strip().splitlines()  # what a process raised ends its traceback
+        raise InputError(f"loading images: {lines[0]} {lines[-1]} (fewer --workers?)") from error
 
 
 def _start_worker(_: int) -> None:

@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 
 from common import InputError
 from common.datasets import Images, loader, open_dataset
-from common.layouts import images_in, read_image
+from common.layouts import IMAGE, by_stem, read_image
 
 
 def autocast(args: Namespace) -> torch.autocast:
@@ -176,7 +176,7 @@ def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
 def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     """Writes NAME.png (predicted classes) and NAME_overlay.png for each picture (--predict)."""
     given, folder = [Path(name) for name in args.predict[1:]], Path(args.out)
-    paths = [p for path in given for p in (images_in(path) if path.is_dir() else [path])]
+    paths = [p for g in given for p in (by_stem(g, IMAGE).values() if g.is_dir() else [g])]
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
         raise InputError(f"--predict: needs a checkpoint and pictures; no file: {missing[:1]}")

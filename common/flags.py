@@ -70,13 +70,13 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     defaults = values | vars(recipes[dataset])
     folder = Path(given.get("output_dir") or _folder(method, defaults, vars(recipe), given))
     path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
-    if path == "auto":
+    if path == "auto" and "resume" in given:
         path = folder / "last.pt" if (folder / "last.pt").exists() else None
     if path is not None:
         values = _stored(read_checkpoint(Path(path), method), parser, preset, values, given)
         folder = Path(given.get("output_dir", Path(path).parent))
     last = folder / "last.pt"
-    if last.exists() and (path is None or not last.samefile(path)):
+    if last.exists() and (path is None or ("resume" in given and not last.samefile(path))):
         raise InputError(f"{last} exists: --resume auto continues it, --output-dir starts another")
     if "size" in given and values["size"] is None and "crop" not in given:
         given = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,), **given}  # no crop

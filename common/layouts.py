@@ -10,7 +10,7 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from scipy.io import loadmat
 from torchvision.datasets import Cityscapes
 
@@ -43,7 +43,7 @@ def _cityscapes_files(root: Path):
     images = _find(root, "cityscapes", *places)
     labels = _find(root, "cityscapes", "gtFine", "gtFine_trainvaltest/gtFine", "segmentation")
     endings = (r"_gtFine\.png", r"_gtFine_labelTrainIds\.png", r"_gtFine_labelIds\.png")
-    ending = max(endings, key=lambda ending: len(_by_stem(labels, ending)))
+    ending = max(endings, key=lambda ending: len(by_stem(labels, ending)))
     image = r"(_leftImg8bit)?\.png" if images.name == "images" else r"_leftImg8bit\.png"
     files = {part: _pairs(images / part, labels / part, image, ending) for part in ("train", "val")}
     table = _table(range(19))
@@ -59,11 +59,11 @@ def _voc_files(root: Path):
     val.txt lists the validation images. An official mask replaces SBD's.
     """
     voc = _find(root, "VOCdevkit", "", "VOC2012", child="JPEGImages").absolute()
-    image_of = _by_stem(voc / "JPEGImages", IMAGE)
-    official = _by_stem(voc / "SegmentationClass", r"\.png")
-    augmented = _by_stem(voc / "SegmentationClassAug", r"\.png")
+    image_of = by_stem(voc / "JPEGImages", IMAGE)
+    official = by_stem(voc / "SegmentationClass", r"\.png")
+    augmented = by_stem(voc / "SegmentationClassAug", r"\.png")
     sbd = [above / "benchmark_RELEASE/dataset/cls" for above in (voc, *voc.parents[:2])]
-    mats = {stem: path for folder in sbd for stem, path in _by_stem(folder, r"\.mat").items()}
+    mats = {stem: path for folder in sbd for stem, path in by_stem(folder, r"\.mat").items()}
     masks, val = augmented | official, _listed(voc, "val")
     if not val:
         raise InputError(f"{voc / 'ImageSets/Segmentation/val.txt'}: no such file, or an empty one")
@@ -148,7 +148,7 @@ def _pairs(images: Path, labels: Path, image=IMAGE, label=r"\.png", *, keep=Fals
 
     keep: an image may have no label. leave_out: warns of files that have no partner.
     """
-    image_of, label_of = _by_stem(images, image), _by_stem(labels, label)
+    image_of, label_of = by_stem(images, image), by_stem(labels, label)
     names = image_of.keys() if keep else image_of.keys() & label_of.keys()
     for path_of, kind, folder in ((image_of, "label", labels), (label_of, "image", images)):
         if alone := sorted(path_of.keys() - names):
@@ -159,7 +159,7 @@ def _pairs(images: Path, labels: Path, image=IMAGE, label=r"\.png", *, keep=Fals
     return {name: (image_of[name], label_of.get(name)) for name in names}
 
 
-def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
+def by_stem(folder: Path, ending: str) -> dict[str, Path]:
     """Returns the files below folder that end in a match of ending, by their path without it."""
     found, others = {}, []
     for name in sorted(glob("**/*", root_dir=folder, recursive=True)):  # nothing hidden
@@ -179,11 +179,6 @@ def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
     return found
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Returns the images below a folder."""
-    return list(_by_stem(folder, IMAGE).values())
-
-
 def _table(train_ids) -> np.ndarray:
     """Returns a table of the training ids of label ids 0, 1, ...; label id 255 is void."""
     table = np.full(256, INVALID, np.uint8)
@@ -201,10 +196,13 @@ def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 def check_pair(image_path: Path, label_path: Path | None) -> tuple[tuple, bytes | None]:
     """Reads the headers. Returns the width and height of both files, and the label's palette."""
-    # PNG would be decoded if Pillow had to look for EXIF.
-    size, exif = _read(image_path, lambda i: (i.size, i.getexif() if "exif" in i.info else {}))
-    orientation = exif.get(ExifTags.Base.Orientation, 1)
-    turned = size[::-1] if orientation >= 5 else size
+
+    def describe(image: Image.Image) -> tuple:  # Pillow would decode a PNG to look for EXIF
+        tags = image.getexif() if image.format == "TIFF" or "exif" in image.info else {}
+        return image.size, tags.get(0x0112), image.format == "TIFF"  # whose pixels Pillow turns
+
+    size, turn, is_tiff = _read(image_path, describe)
+    turned = size[::-1] if turn in (5, 6, 7, 8) and not is_tiff else size
     if label_path is None:
         return turned, None
     if label_path.suffix == ".mat":
@@ -216,14 +214,14 @@ def check_pair(image_path: Path, label_path: Path | None) -> tuple[tuple, bytes 
         label_path, lambda label: (label.format, label.tile[0][3], label.size, label.palette)
     )
     # Pillow stretches grey values of fewer than 8 bits to 0-255, which changes the ids.
-    mode = tile[0] if isinstance(tile, tuple) else tile
-    if kind not in ("PNG", "BMP", "TIFF") or mode not in ("L", "P", "P;1", "P;2", "P;4"):
+    modes = ("L", "P", "P;1", "P;2", "P;4")
+    if kind not in ("PNG", "BMP", "TIFF") or np.atleast_1d(tile)[0] not in modes:
         raise InputError(f"{label_path}: a label is an 8-bit grey or palette PNG of class ids")
     if label_size not in (size, turned):
         raise InputError(f"{label_path}: {label_size} pixels, but {image_path.name} has {size}")
-    if orientation > 1 and size == turned:
+    if turn in range(2, 9) and size == turned:
         raise InputError(f"{image_path}: EXIF turns it; turn its label too, and remove the tag")
-    return label_size, palette and palette.palette
+    return label_size, palette.palette if palette and kind == "PNG" else None
 
 
 def check_palettes(files: list, palettes: list, table: np.ndarray) -> None:

@@ -55,8 +55,8 @@ def all_mean(tensor: Tensor) -> None:
 
 def average_statistics(networks) -> None:
     """Averages the batch-norm statistics of networks, which each rank takes from its own images."""
-    for buffer in (buffer for network in networks for buffer in network.buffers()):
-        if buffer.is_floating_point():
+    for name, buffer in (item for network in networks for item in network.named_buffers()):
+        if "running" in name:
             all_mean(buffer)
 
 

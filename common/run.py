@@ -132,8 +132,7 @@ class Session:
         """Logs, evaluates and saves when it is time to. Leaves after a signal."""
         done, last = iteration + 1, self.recipe.iterations
         late = not self.save_every and time.perf_counter() - self.saved > SAVE_AFTER
-        # One rank decides for all. 1 is no signal: it is time to save.
-        number = all_max(self.signal or int(late and self.first))
+        number = all_max(self.signal or int(late and self.first))  # 1: no signal, but time to save
         evaluating = done % self.eval_every == 0 or done == last
         logging = evaluating or done % self.log_every == 0
         saving = evaluating or number or (self.save_every and done % self.save_every == 0)
@@ -141,6 +140,8 @@ class Session:
             self._log_means(done, logging, saving)
         if saving:
             ranks.average_statistics(self.networks.values())
+        if evaluating and number > 1 and self.first:
+            self._save(done)  # who sent the signal may not wait for the evaluation
         if evaluating and self.first:
             self._evaluate(done, pictures)
         if saving and self.first:

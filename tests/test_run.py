@@ -420,6 +420,14 @@ def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, va
     assert not (trained / "out").exists()
 
 
+def test_a_copied_checkpoint_is_evaluated_and_auto_only_resumes(command, refused, trained):
+    copy = trained / "copy.pt"
+    copy.write_bytes((trained / "last.pt").read_bytes())
+    assert command("classmix", "--evaluate", copy)[0] == 0
+    assert "auto: no such checkpoint" in refused("--evaluate", "auto")
+    copy.unlink()
+
+
 def test_damage_that_torch_does_not_notice(refused, args, trained):
     """A flipped bit of a weight, which only the checksums show."""
     last, new = trained / "last.pt", ("--output-dir", trained / "new")

@@ -67,6 +67,12 @@ def test_classes_that_no_labeled_pixel_has_are_named(run, folder):
     assert ("-" in row) == any("the mean leaves it out" in line for line in lines)
 
 
+def test_classes_are_found_wherever_their_images_are(capsys):
+    images = [(None, np.full((2, 2), k // 1500)) for k in range(3000)]  # sorted by class
+    datasets.check_classes(images, list(range(3000)), ("healthy", "lesion"))
+    assert capsys.readouterr().err == ""
+
+
 def test_an_image_without_a_labeled_pixel_counts_nowhere(run, command, folder, tmp_path):
     assert run()[0] == 0
     label = folder / "labels/val/sub/0.png"
@@ -153,6 +159,20 @@ def test_a_labeled_photograph_is_turned_where_its_label_is(folder):
         open_dataset("folder", folder)
 
 
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_a_tiff_that_is_turned_is_refused(folder, orientation):
+    """Pillow turns its pixels when it opens it; nothing tells whether its label is turned."""
+    path = folder / "images/train/street 2.jpg"
+    image = Image.open(path)
+    image.save(path.with_suffix(".tif"), tiffinfo={274: orientation})
+    path.unlink()
+    if orientation == 1:
+        assert open_dataset("folder", folder).train[2][0].shape[1:] == image.size[::-1]
+    else:
+        with pytest.raises(InputError, match=r"street 2.tif: EXIF turns it"):
+            open_dataset("folder", folder)
+
+
 def test_files_that_are_left_out_are_told(folder, capsys):
     (folder / "images/train/photo.heic").write_bytes(b"heic")
     (folder / "images/train/notes.txt").write_text("notes")
@@ -224,7 +244,7 @@ def test_loaders_stay_within_shared_memory(monkeypatch, capsys):
         return real(*args, **options)
 
     monkeypatch.setattr(datasets, "DataLoader", make)
-    for free, expected in ((2**40, (4, 2)), (64, (4, 2)), (7, (3, 1)), (1, (0, None))):
+    for free, expected in ((2**40, (4, 2)), (64, (4, 2)), (14, (3, 1)), (1, (0, None))):
         monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _, free=free: usage(free * 2**20))
         assert len(list(loader(Slow(), 4, batch_size=None))) == 4
         assert made[-1] == expected

@@ -118,10 +118,10 @@ def fuzz(rng: random.Random, work: Path) -> None:
             recipe, args = flags.parse_args("classmix", "", classmix.RECIPES, argv=argv)
             evaluation._load_network(recipe, args, classmix.network, "teacher")
         else:
-            datasets._check_pair(path, path if kind == ".png" else None)
+            layouts.check_pair(path, path if kind == ".png" else None)
             datasets.read_image(path, evaluation.ImageOps.exif_transpose)
         if kind == ".png":
-            datasets._read_label(path, layouts._table(range(11)))
+            layouts.read_label(path, layouts._table(range(11)))
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error), error
     signal.alarm(0)
