@@ -31,7 +31,7 @@ def scale_crop_flip(
     steps: list[Callable] = [_as_tv_tensors]
     if scale_range != (1.0, 1.0) or scales != (1.0,):
         steps.append(partial(_scale, scale_range, scales))
-    color = mean.double().mul(255).round().byte()
+    color = mean.cpu().double().mul(255).round().byte()  # images are loaded on the host
     if rotation > 0:
         steps.append(partial(_rotate_crop, rotation, crop, color))
     elif crop is not None:
