@@ -119,17 +119,23 @@ class Recipe:
 
 
 BDD100K = replace(Recipe(), size=(720, 1280), scales=(0.75, 1.0, 1.25), crop=(512, 512))
-SMALL = replace(Recipe(), size=(64, 128), crop=None, layers=(1, 1, 1, 1), width=16, embedding=64)
-ADAM = replace(SMALL, aspp_rates=(1, 2), lr=6e-3, backbone_factor=1.0, contrast_ramp=16)
-STREETS = replace(ADAM, consistency_weight=8.0, consistency_ramp=256, per_class=8)
-# The paper has cityscapes and bdd100k. camvid follows the former, folder the latter.
+NETWORK = {"layers": (1, 1, 1, 1), "width": 16, "aspp_rates": (1, 2), "embedding": 64}
+STREETS = Recipe(size=(64, 128), crop=None, batch_size=4, lr=6e-3, backbone_factor=1.0, **NETWORK)
+STREETS = replace(STREETS, consistency_weight=8.0, per_class=8)
+RAMPS = {"iterations": 2_000, "warmup": 300, "consistency_ramp": 320, "contrast_ramp": 20}
+LONGER = {"iterations": 4_000, "warmup": 500, "consistency_ramp": 640, "contrast_ramp": 40}
+SCALED = {"size": (180, 240), "crop": (120, 160), "scales": (0.75, 1.0, 1.25, 1.5)}
+FOLDER = replace(BDD100K, size=None, crop=(320, 320))
+# The paper has cityscapes and bdd100k. camvid follows the former, voc and folder the latter.
 RECIPES = {
     "cityscapes": Recipe(),
     # The code has 4 GPUs: groups of 2 + 2 images. Ten epochs have 500 steps each.
     "bdd100k": replace(BDD100K, batch_size=8, group_size=2, iterations=20_000, warmup=5_000),
     "camvid": replace(Recipe(), size=(360, 480), crop=None),
-    "folder": replace(BDD100K, size=None, crop=(320, 320)),
-    "streets": replace(STREETS, batch_size=4, iterations=1_600, warmup=240),
+    "voc": FOLDER,
+    "folder": FOLDER,
+    "streets": replace(STREETS, **RAMPS),
+    "small": replace(STREETS, rotation=0, **SCALED, **LONGER),  # --preset small
 }
 
 

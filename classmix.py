@@ -90,8 +90,10 @@ class Recipe:
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
-SMALL = replace(Recipe(), size=(64, 128), layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
-ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
+NETWORK = {"layers": (1, 1, 1, 1), "width": 16, "aspp_rates": (1, 2)}
+ADAM = {"optimizer": "adam", "lr": 6e-3, "head_factor": 1.0, "weight_decay": 0.0}
+STREETS = Recipe(size=(64, 128), flip=True, batch_size=4, **NETWORK, **ADAM)
+CROPS = {"size": (180, 240), "crop": (120, 160), "scale_range": (0.75, 1.5)}
 # Data sets that the paper does not use take the numbers of those that they resemble.
 RECIPES = {
     "cityscapes": Recipe(),
@@ -99,7 +101,8 @@ RECIPES = {
     "camvid": replace(Recipe(), size=(360, 480), flip=True),
     "bdd100k": replace(Recipe(), size=(360, 640)),
     "folder": VOC,
-    "streets": replace(ADAM, flip=True, batch_size=4, iterations=2_000, warmup=300),
+    "streets": replace(STREETS, iterations=2_000, warmup=300),
+    "small": replace(STREETS, iterations=4_000, warmup=500, **CROPS),  # --preset small
 }
 
 

@@ -109,7 +109,8 @@ DEEPLAB = {"network": "deeplab", "lr": 1e-5, "layers": (3, 4, 23, 3)}  # (D.3.2)
 CROPS = {"size": None, "crop": (321, 321), "batch_size": 10, "iterations": 40_000}
 VOC = replace(CITYSCAPES, **CROPS)
 SMALL = {"size": (64, 128), "width": 16, "layers": (1, 1, 1, 1), "aspp_rates": (1, 2)}
-STREETS = replace(Recipe(), network="deeplab", flip=True, batch_size=4, iterations=1_600, **SMALL)
+STREETS = Recipe(network="deeplab", flip=True, batch_size=4, lr=6e-3, lr_power=0.9, **SMALL)
+SCALED = {"size": (180, 240), "crop": (120, 160), "scale_range": (0.75, 1.5)}
 # The paper has camvid with the U-Net, cityscapes and voc. bdd100k follows cityscapes, folder voc.
 RECIPES = {
     "camvid": Recipe(),
@@ -117,7 +118,8 @@ RECIPES = {
     "voc": replace(VOC, **DEEPLAB),
     "bdd100k": replace(CITYSCAPES, size=(360, 640)),
     "folder": VOC,
-    "streets": replace(STREETS, lr=6e-3, lr_power=0.9),
+    "streets": replace(STREETS, iterations=2_000),
+    "small": replace(STREETS, iterations=4_000, **SCALED),  # --preset small
 }
 OTHER_NETWORK = {
     "camvid": replace(Recipe(), **DEEPLAB),
@@ -126,19 +128,20 @@ OTHER_NETWORK = {
     "bdd100k": replace(CITYSCAPES, size=(360, 640), batch_size=2, iterations=40_000, **DEEPLAB),
     "folder": replace(VOC, **DEEPLAB),
     "streets": replace(RECIPES["streets"], network="unet"),
+    "small": replace(RECIPES["small"], network="unet"),
 }
 EPOCHS = {"aug": 50, "cutmix": 100}  # on CamVid; longer training failed (table 1)
 
 
-def preset(dataset: str, given: dict) -> Recipe:
-    """Returns the recipe of a data set for the network and the perturbation among the flags."""
-    recipe = RECIPES[dataset]
+def preset(name: str, given: dict) -> Recipe:
+    """Returns the recipe of this name for the network and the perturbation among the flags."""
+    recipe = RECIPES[name]
     if given.get("network", recipe.network) != recipe.network:
-        recipe = OTHER_NETWORK[dataset]
+        recipe = OTHER_NETWORK[name]
     perturbation = given.get("perturbation", "cowmix")
     if perturbation != "cowmix":
         recipe = replace(recipe, perturbation=perturbation, p_range=(0.0, 1.0))  # (4.2, 3.3)
-        if dataset == "camvid":
+        if name == "camvid":
             recipe = replace(recipe, iterations=EPOCHS.get(perturbation, 300) * CAMVID)
     return recipe
 

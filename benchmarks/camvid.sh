@@ -1,17 +1,33 @@
 #!/usr/bin/env bash
-# Trains ClassMix and its baseline for the README's CamVid row: 30 labels, small images, a small
-# network without pretrained weights, on a CPU.
-#     benchmarks/camvid.sh path/to/CamVid
+# Trains the runs of the README's table of photographs: CamVid (in data/camvid), 30 labels, one small
+# network, three seeds. CowMix, CutMix, ClassMix and ComplexMix have one supervised baseline.
+#     benchmarks/camvid.sh [PROCESSES]
+# So many runs (default 2) are trained at a time, with one thread each. Runs that have ended are left
+# out. The test images are scored once, after the training. Environment: PYTHON (default python),
+# RESULTS (folder of the results, default results).
 set -euo pipefail
-data=$(realpath "$1")
 cd "$(dirname "$0")/.."
-small="--size 120 160 --width 16 --layers 1 1 1 1 --aspp-rates 1 2 --weights none"
-adam="--optimizer adam --lr 6e-3 --head-factor 1 --weight-decay 0"
-length="--batch-size 4 --iterations 2000 --warmup 300"
-for run in supervised classmix; do
-    flag=$([ "$run" = supervised ] && echo --supervised || true)
-    # shellcheck disable=SC2086
-    python classmix.py --dataset camvid --data-dir "$data" --labeled 30 --evaluate-split val $small $adam $length $flag \
-        --output-dir "results/camvid/${run}_s0"
-done
-python benchmarks/table.py results/camvid
+run() { # seed, folder, method and its flags
+    local out=${RESULTS:-results}/camvid/$2_s$1 python=${PYTHON:-python} seed=$1 file=$3
+    [ -e "$out/test.txt" ] && return
+    shift 3
+    $python "$file.py" "$@" --dataset camvid --preset small --labeled 30 --precision bf16 --seed "$seed" \
+        --workers 0 --evaluate-split val --output-dir "$out" --resume auto > "$out.log"
+    $python "$file.py" --evaluate "$out/last.pt" --evaluate-split test --full-resolution > "$out.log"
+    mv "$out.log" "$out/test.txt"
+}
+export -f run
+export OMP_NUM_THREADS=1
+mkdir -p "${RESULTS:-results}/camvid"
+for seed in 0 1 2; do
+    sed "s/^/$seed /" <<END
+supervised classmix --supervised
+classmix classmix
+cowmix cowmix
+cutmix cowmix --perturbation cutmix
+complexmix complexmix
+c3semiseg_supervised c3semiseg --supervised
+c3semiseg c3semiseg
+END
+done | xargs -P "${1:-2}" -L 1 bash -c 'run "$@"' run
+"${PYTHON:-python}" benchmarks/table.py camvid

@@ -26,12 +26,14 @@ RANGES = (tuple[float, float], tuple[Positive, Positive], tuple[Share, Share])
 KEYS = """method recipe args state means headline class_names palette labeled_names iteration logged
 training_names seconds miou"""  # of a checkpoint
 # A resumed run keeps these, and its recipe.
-FIXED = ("dataset", "labeled", "labeled_list", "split_seed", "seed", "supervised", "weights")
+FIXED = ("dataset", "preset", "labeled", "labeled_list", "split_seed")
+FIXED += ("seed", "supervised", "weights")
 
 
 @dataclass
 class Settings:  # the flags that all methods share; the comments are their help texts
     dataset: str = "streets"  # data set
+    preset: Literal["paper", "small"] = "paper"  # recipe: the paper's, or one for small hardware
     data_dir: str | None = None  # folder of the data set (default: data/<dataset>)
     labeled: str | None = None  # number of labeled images, or their share, such as 0.125 or 1/8
     labeled_list: str | None = None  # file that names the labeled images, one a line
@@ -59,15 +61,16 @@ class Settings:  # the flags that all methods share; the comments are their help
 
 
 def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
-    """Returns recipe and settings. preset(dataset, given flags) may replace recipes[dataset]."""
+    """Returns recipe and settings. preset(name, given flags) may replace recipes[name]."""
     parser = _parser(method, doc, recipes)
     flags = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items() if v is not None}
     dataset = given.get("dataset", "streets")
-    preset = preset or (lambda dataset, _: recipes[dataset])
-    recipe = preset(dataset, given)
+    preset = preset or (lambda name, _: recipes[name])
+    recipe = preset(_recipe_name(given), given)
     values = {**vars(Settings()), **DEFAULTS[dataset], **vars(recipe), "checkpoint": None}
-    defaults = values | vars(recipes[dataset])
+    values["weights"] = "none" if given.get("preset") == "small" else values["weights"]
+    defaults = values | vars(recipes[_recipe_name(given)])
     folder = Path(given.get("output_dir") or _folder(method, defaults, vars(recipe), given))
     path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
     if path == "auto" and "resume" in given:
@@ -99,7 +102,7 @@ def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dic
         flag = f"--{'no-' * (value is False)}{name.replace('_', '-')}"
         if value is not None and name in values:
             parser.parse_args([flag, *(str(word) for word in words if not isinstance(word, bool))])
-    recipe = vars(preset(stored["dataset"], stored))
+    recipe = vars(preset(_recipe_name(stored), stored))
     if missing := [f"--{n.replace('_', '-')} {recipe[n]}" for n in recipe if n not in stored]:
         warn(f"{path}: made by an older version, without {', '.join(missing)}, which are used now")
     values = {**values, **recipe, **stored, "checkpoint": checkpoint}
@@ -112,6 +115,12 @@ def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dic
             flag, hint = name.replace("_", "-"), f"a new run can begin with --weights {path}"
             raise InputError(f"--{flag}: this run was started with {values[name]}; {hint}")
     return values
+
+
+def _recipe_name(given: dict) -> str:
+    """Returns the key of the recipe: a data set, or "small"; that of streets is small anyway."""
+    dataset = given.get("dataset", "streets")
+    return "small" if given.get("preset") == "small" and dataset != "streets" else dataset
 
 
 def _complete(args: argparse.Namespace, iterations: int) -> argparse.Namespace:
@@ -155,7 +164,8 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             if len(set(values.values())) == 1:
                 shown = [f"default: {values.popitem()[1]}"]
             text = f"{comments[field.name]} [{', '.join(shown)}]".removesuffix(" [default: None]")
-            kind = Literal[tuple(recipes)] if field.name == "dataset" else field.type
+            datasets = Literal[tuple(name for name in recipes if name != "small")]
+            kind = datasets if field.name == "dataset" else field.type
             options = {"help": text.replace("%", "%%"), **_options(kind)}
             sets.get(field.name, group).add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
@@ -188,7 +198,7 @@ def _folder(method: str, defaults: dict, recipe: dict, given: dict) -> Path:
     chosen = {**defaults, **given}
     labeled = Path(chosen["labeled_list"] or chosen["labeled"].replace("/", "-")).name
     parts = [method, chosen["dataset"], labeled, f"s{chosen['seed']}"]
-    for name in ("split_seed", "weights", "supervised", *recipe):
+    for name in ("preset", "split_seed", "weights", "supervised", *recipe):
         if chosen[name] != defaults[name]:
             text = Path(str(chosen[name])).name.strip("(,)").replace(", ", "x")
             parts.append(f"{name.replace('_', '-')}-{text}".removesuffix("-True"))

@@ -57,8 +57,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
 def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
     """Sets precision, memory layout and compilation. train: the ranks average the gradients."""
     torch.backends.cudnn.benchmark = True
-    if args.device.type == "cuda":
-        network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)
     network.forward = evaluation.autocast(args)(network.forward)
     if args.compile:  # a graph for each batch size; by default the second one would be slower
         network.compile(dynamic=False)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 import classmix
 from common import flags, run
+from common.datasets import DEFAULTS
 
 SMALL = """--weights none --layers 1 1 1 1 --width 4 --optimizer adam --lr 3e-3 --head-factor 1
 --batch-size 2 --workers 0 --aspp-rates 1 2"""
@@ -321,6 +323,19 @@ def test_folders_name_what_differs_from_the_recipe(tmp_path, monkeypatch, given)
     assert args.output_dir == Path(f"runs/classmix_cityscapes_{NAMES[given]}")
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dataset", DEFAULTS)
+def test_small_hardware_needs_one_flag_for_each_data_set(method, dataset):
+    module = import_module(method)
+    rest = (method, "", module.RECIPES, getattr(module, "preset", None))
+    argv = ["--dataset", dataset, "--preset", "small"]
+    recipe, args = flags.parse_args(*rest, argv)
+    assert recipe == module.RECIPES["streets" if dataset == "streets" else "small"]
+    assert recipe.width == 16 and recipe.iterations <= 4_000 and args.weights == "none"
+    assert "preset-small" in args.output_dir.name and len(args.output_dir.name) < 60
+    assert flags.parse_args(*rest, [*argv, "--width", "4"])[0].width == 4
+
+
 def test_resized_images_of_any_size_need_no_crop():
     for given, crop, scale_range in (
         ("", (321, 321), (0.5, 1.5)),
@@ -337,7 +352,7 @@ def test_help_names_every_flag_and_the_presets(command):
     assert (status, errors) == (0, "") and "ClassMix" in text
     for field in classmix.RECIPES["streets"].__dataclass_fields__:
         assert re.search(f"--{field.replace('_', '-')}[ ,]", text)
-    assert "folder: 0.00025, streets: 0.006]" in text and "[default: 0.9]" in text
+    assert "folder: 0.00025, streets: 0.006, small: 0.006]" in text and "[default: 0.9]" in text
 
 
 def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
