@@ -368,7 +368,7 @@ def warmup_loss(student: nn.Module, image: Tensor, label: Tensor, *, contrast=No
     terms = {"loss_l": supervised_loss(logits, label)}
     if contrast is not None:
         terms["loss_c"] = contrast(embedding, embedding, label, logits)
-    return terms, {"prediction": logits.detach()}
+    return terms, {"prediction_l": logits.detach()}
 
 
 def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="both"):
@@ -398,8 +398,8 @@ def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="bot
             g, label = torch.cat([f_l.detach(), g_u]), torch.cat([label_l, label_u])
             terms["loss_c"] = contrast(embedding, g, label, logits)
     mixed_image = image_mix[order.argsort()[: len(image_l)]]
-    details = {"mixed_image": mixed_image, "labeled_prediction": logits_l.argmax(1)}
-    details |= {"strong_view": image_u, "pseudo_label": label_u, "prediction": logits_u.detach()}
+    details = {"mixed_image": mixed_image, "prediction_l": logits_l.detach()}
+    details |= {"strong_view": image_u, "pseudo_label": label_u, "prediction_u": logits_u.detach()}
     return terms, details
 
 

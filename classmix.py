@@ -236,8 +236,9 @@ def classmix_loss(
         weight = unlabeled_weight(confidence_mix, threshold, weighting, scope, factor)
     logits = student(image_mix)
     loss = (weight * consistency(logits, label_mix, prob_mix, kind)).mean()
-    details = {"pseudo_label": pseudo_label, "mask": mask, "mixed_image": image_mix}
-    return loss, {**details, "prediction": logits.detach(), "lambda": weight.mean()}
+    details = {"other": image.roll(-1, 0), "pseudo_label": pseudo_label, "mask": mask}
+    details |= {"mixed_image": image_mix, "prediction": logits.detach()}
+    return loss, {**details, "lambda": weight.mean()}
 
 
 # ---- to here ----
@@ -325,7 +326,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             loss_l = cross_entropy(logits_l, label_l)
             (loss_l / args.accumulate).backward()
             session.log({"loss_l": loss_l})
-            pictures = {"labeled": image_l, "truth": label_l, "prediction": logits_l.detach()}
+            pictures = {"labeled": image_l, "truth": label_l, "prediction_l": logits_l.detach()}
             if not mixing:
                 continue
             image_u, _ = next(batches_u)

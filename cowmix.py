@@ -508,7 +508,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             loss_l = cross_entropy(logits_l, label_l)
             (loss_l / args.accumulate).backward()
             session.log({"loss_l": loss_l})
-            pictures = {"labeled": image_l, "truth": label_l, "prediction": logits_l.detach()}
+            pictures = {"labeled": image_l, "truth": label_l, "prediction_l": logits_l.detach()}
             if args.supervised:
                 continue
             a = b = next(batches_a)
@@ -517,7 +517,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             loss_u, details = unlabeled_loss(recipe, student, teacher, mean, a, b, seed=seed)
             (recipe.consistency_weight * loss_u / args.accumulate).backward()
             session.log({"loss_u": loss_u, "confident": details.pop("confident")})
-            pictures = {"labeled": image_l, "truth": label_l, "unlabeled": a[0], **details}
+            pictures = {"labeled": image_l, "truth": label_l, "unlabeled": a[0]}
+            pictures |= ({} if b is a else {"other": b[0]}) | details
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -1,40 +1,106 @@
-"""Prints Markdown tables of the results that a folder holds.
+"""Prints the README's tables of results, or what a folder of gpu.sh holds, as Markdown.
 
-    python benchmarks/table.py results/streets
+    python benchmarks/table.py camvid
+    python benchmarks/table.py streets
+    python benchmarks/table.py results/gpu
 
-One row for the result.json files of runs whose folders have the same name but for the seed: mean
-and standard deviation over seeds. For a folder of gpu.sh also its measurements (speed.jsonl), and
-how far losses in bf16 are from those in fp32 (precision/).
+A run is scored by the network that its paper reports. Cells with (n) are means over n seeds with
+standard deviations; a gain is the mean of the differences to the baseline of the same seed.
 """
 
 import argparse
 import json
-import re
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
+# Name of the row, its folder, the folder of its baseline, the gain that its paper reports.
+CAMVID = (
+    ("supervised", "supervised", None, ""),
+    ("CowMix", "cowmix", "supervised", "6.4"),
+    ("CutMix", "cutmix", "supervised", "2.3"),
+    ("ClassMix", "classmix", "supervised", "6.5"),
+    ("ComplexMix", "complexmix", "supervised", "7.4"),
+    ("supervised (`c3semiseg.py`)", "c3semiseg_supervised", None, ""),
+    ("C3-SemiSeg", "c3semiseg", "c3semiseg_supervised", "8.1"),
+)
+STREETS = (
+    ("supervised", "supervised", None, ""),
+    ("**ClassMix**", "classmix", "supervised", "6.5"),
+    ("CowMix's mask", "classmix_cow", "supervised", "5.5"),
+    ("CutMix's mask", "classmix_cut", "supervised", "4.3"),
+    ("pixel-wise threshold", "classmix_pixel", "supervised", "3.8"),
+    ("sigmoid ramp up", "classmix_ramp", "supervised", "5.7"),
+    ("constant weight", "classmix_constant", "supervised", "5.7"),
+    ("squared error", "classmix_squared-error", "supervised", "3.9"),
+    ("no pseudo-label", "classmix_soft", "supervised", "5.3"),
+    ("random crop", "classmix_crop", "supervised", "7.3"),
+    ("extra augmentations", "classmix_extra", "supervised", "7.0"),
+    ("twice as long", "classmix_long", "supervised", "8.1"),
+    ("**ComplexMix**", "complexmix", "supervised", "7.4"),
+    ("p = 4", "complexmix_p4", "supervised", ""),
+    ("p = 16", "complexmix_p16", "supervised", ""),
+    ("p = 64", "complexmix_p64", "supervised", ""),
+    ("half of a block's classes", "complexmix_present", "supervised", ""),
+    ("**CowMix**", "cowmix", "supervised", "6.4"),
+    ("CowOut", "cowmix_cowout", "supervised", "4.3"),
+    ("CutMix", "cowmix_cutmix", "supervised", "2.3"),
+    ("CutOut", "cowmix_cutout", "supervised", "4.4"),
+    ("ICT", "cowmix_ict", "supervised", "-0.4"),
+    ("standard augmentation", "cowmix_aug", "cowmix_aug_supervised", "-2.4"),
+    ("its baseline", "cowmix_aug_supervised", None, ""),
+    ("supervised (`c3semiseg.py`)", "c3semiseg_supervised", None, ""),
+    ("**C3-SemiSeg**", "c3semiseg", "c3semiseg_supervised", "8.0"),
+    ("without consistency", "c3semiseg_no-consistency", "c3semiseg_supervised", "4.5"),
+    ("without contrast", "c3semiseg_no-contrast", "c3semiseg_supervised", "7.6"),
+    ("contrast of labeled pixels", "c3semiseg_labeled", "c3semiseg_supervised", "6.2"),
+    ("contrast of unlabeled pixels", "c3semiseg_unlabeled", "c3semiseg_supervised", "7.8"),
+    ("random sampling", "c3semiseg_random", "c3semiseg_supervised", "8.5"),
+    ("without contrast and mixing", "c3semiseg_no-mixing", "c3semiseg_supervised", "5.0"),
+    ("without contrast, intra-set", "c3semiseg_intra", "c3semiseg_supervised", "6.7"),
+)
+TABLES = {"camvid": CAMVID, "streets": STREETS}
+RESULTS = Path(__file__).parents[1] / "results"
 SPEED = ("method", "dataset", "network", "size", "images", "precision", "compile", "ms", "TFLOP")
 SPEED += ("TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
 
 
-def print_results(folder: Path) -> None:
-    """Prints mIoU and speed of the runs below a folder."""
-    runs = defaultdict(list)
-    for path in sorted(folder.rglob("result.json")):
-        runs[re.sub(r"_s\d+", "", path.parent.name)].append(json.loads(path.read_text()))
-    print("| run | seeds | student mIoU % | teacher mIoU % | minutes | steps/s |")
+def read_scores(folder: Path) -> dict[str, float]:
+    """Returns the percentage mIoU of student, teacher and headline network of a finished run."""
+    result = json.loads((folder / "result.json").read_text())
+    scores = {name: 100 * result[name]["miou"] for name in ("student", "teacher")}
+    if (folder / "test.txt").exists():  # what --evaluate has printed
+        line = (folder / "test.txt").read_text().splitlines()[-1]
+        scores = dict(zip(scores, map(float, line.split()[1:]), strict=True))
+    return {**scores, "headline": scores[result["headline"]]}
+
+
+def read_runs(name: str, folder: str | None) -> dict[int, dict]:
+    """Returns the scores of a row's runs, by seed."""
+    folders = {seed: RESULTS / name / f"{folder}_s{seed}" for seed in range(10)}
+    done = {seed: path for seed, path in folders.items() if (path / "result.json").exists()}
+    return {seed: read_scores(path) for seed, path in done.items()}
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """mean ± standard deviation (number of values), or nothing for less than two values."""
+    if len(values) < 2:
+        return ""
+    return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
+
+
+def print_results(name: str) -> None:
+    """Prints one row for each name of a table; rows without a run are left out."""
+    print("| | student mIoU % | teacher mIoU % | gain | seed 0 | gain in its paper |")
     print("|---|---|---|---|---|---|")
-    for name, results in runs.items():
-        cells = [name, str(len(results))]
-        for network in ("student", "teacher"):
-            values = [100 * result[network]["miou"] for result in results]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        for value in ("seconds", "steps_per_second"):
-            middle = statistics.median(result[value] for result in results)
-            cells.append(f"{middle / 60:.1f}" if value == "seconds" else f"{middle:.1f}")
-        print(f"| {' | '.join(cells)} |")
+    for title, folder, baseline, paper in TABLES[name]:
+        runs, others = read_runs(name, folder), read_runs(name, baseline)
+        gains = [
+            runs[seed]["headline"] - others[seed]["headline"] for seed in runs if seed in others
+        ]
+        cells = [spread([run[net] for run in runs.values()]) for net in ("student", "teacher")]
+        cells += [spread(gains, "+"), f"{runs[0]['headline']:.1f}" if 0 in runs else "", paper]
+        if runs:
+            print(f"| {title} | {' | '.join(cells)} |")
 
 
 def print_speed(path: Path) -> None:
@@ -64,12 +130,13 @@ def read_lines(path: Path) -> list[dict]:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="holds run folders, at any depth")
-    folder = parser.parse_args().folder
-    print_results(folder)
-    if (folder / "speed.jsonl").exists():
-        print_speed(folder / "speed.jsonl")
-    print_precision(folder / "precision")
+    parser.add_argument("what", help="camvid, streets or a folder of gpu.sh")
+    what = parser.parse_args().what
+    if what in TABLES:
+        print_results(what)
+        return
+    print_speed(Path(what) / "speed.jsonl")
+    print_precision(Path(what) / "precision")
 
 
 if __name__ == "__main__":

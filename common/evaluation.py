@@ -1,4 +1,4 @@
-"""IoU of networks, predictions for any picture, and pictures of both."""
+"""IoU of networks, and predictions for any picture."""
 
 import itertools
 import math
@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
-from common import InputError
+from common import InputError, pictures
 from common.datasets import Images, loader, open_dataset
 from common.layouts import IMAGE, by_stem, read_image
 
@@ -113,36 +112,6 @@ def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False, 
     return picture, logits.argmax(1)[0].byte().cpu().numpy()
 
 
-def colorize(label: np.ndarray, palette: Sequence) -> Image.Image:
-    """Returns a palette image of class ids, uint8 (H,W); void is black."""
-    image = Image.fromarray(label)
-    image.putpalette(np.uint8(palette).tobytes().ljust(768, b"\0"))
-    return image
-
-
-def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence) -> None:
-    """Writes a PNG with a column for each named batch and a row for each of its first images."""
-    rows = zip(*(batch[:4].cpu() for batch in columns.values()), strict=False)
-    tiles = [_tile(values, palette) for row in rows for values in row]
-    sheet = TF.to_pil_image(make_grid(tiles, nrow=len(columns), pad_value=255))
-    sheet = ImageOps.scale(sheet, max(1, 256 // tiles[0].shape[2]), Image.Resampling.NEAREST)
-    sheet = ImageOps.expand(sheet, (0, 14, 0, 0), "white")
-    for k, name in enumerate(columns):
-        left = k * sheet.width / len(columns) + 2
-        ImageDraw.Draw(sheet).text((left, 0), name.replace("_", " "), "black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _tile(values: Tensor, palette: Sequence) -> Tensor:
-    """Image, float (3,H,W) in [0,1], mask, bool (H,W), or label, int64 (H,W) -> uint8 (3,H,W)."""
-    if values.dtype == torch.bool:
-        values = values.float().expand(3, -1, -1)
-    if values.is_floating_point():
-        return (255 * values.clamp(0, 1)).round().byte()
-    return TF.pil_to_tensor(colorize(values.byte().numpy(), palette).convert("RGB"))
-
-
 def load_state(parts: dict, checkpoint: dict) -> None:
     """Loads networks, optimizer and the like. InputError for one that does not fit."""
     for name, part in parts.items():
@@ -174,7 +143,7 @@ def evaluate_checkpoint(recipe, args: Namespace, network: Callable) -> None:
 
 
 def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
-    """Writes NAME.png (predicted classes) and NAME_overlay.png for each picture (--predict)."""
+    """Writes NAME.png (predicted classes), NAME_overlay.png and a legend (--predict)."""
     given, folder = [Path(name) for name in args.predict[1:]], Path(args.out)
     paths = [p for g in given for p in (by_stem(g, IMAGE).values() if g.is_dir() else [g])]
     missing = [path for path in paths if not path.is_file()]
@@ -186,6 +155,8 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
         raise InputError(f"--predict: results in {folder} would overwrite a picture or each other")
     headline = _load_network(recipe, args, network, args.checkpoint["headline"])
     folder.mkdir(parents=True, exist_ok=True)
+    palette, names = args.checkpoint["palette"], args.checkpoint["class_names"]
+    pictures.legend(names, palette, 480, 16).save(folder / "legend.png")
     failed, how = False, {"keep_aspect": args.keep_aspect, "crop": args.eval_crop}
     for path in paths:
         try:
@@ -194,9 +165,9 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
             print(f"{args.method}.py: {error}", file=sys.stderr)
             failed = True
             continue
-        result, classes = folder / path.stem, colorize(prediction, args.checkpoint["palette"])
+        result, classes = folder / path.stem, pictures.colorize(prediction, palette)
         classes.save(f"{result}.png")
-        Image.blend(picture, classes.convert("RGB"), 0.5).save(f"{result}_overlay.png")
+        pictures.overlay(picture, classes).save(f"{result}_overlay.png")
         print(f"{path} -> {result}.png and {result}_overlay.png")
     if failed:
         sys.exit(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, evaluation, interrupt, ranks
+from common import InputError, evaluation, interrupt, pictures, ranks
 from common.datasets import Data, MicroBatches, check_classes, endless
 from common.deeplab import unsound
 from common.flags import parse_args
@@ -127,7 +127,7 @@ class Session:
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = (total + value.detach().float(), count + 1)
 
-    def end_step(self, iteration: int, pictures: dict[str, Tensor]) -> None:
+    def end_step(self, iteration: int, columns: dict[str, Tensor]) -> None:
         """Logs, evaluates and saves when it is time to. Leaves after a signal."""
         done, last = iteration + 1, self.recipe.iterations
         late = not self.save_every and time.perf_counter() - self.saved > SAVE_AFTER
@@ -142,7 +142,7 @@ class Session:
         if evaluating and number > 1 and self.first:
             self._save(done)  # who sent the signal may not wait for the evaluation
         if evaluating and self.first:
-            self._evaluate(done, pictures)
+            self._evaluate(done, columns)
         if saving and self.first:
             self._save(done)
         if number > 1 and done < last:
@@ -219,13 +219,13 @@ class Session:
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         print(f"[{done}/{self.recipe.iterations}] {values}  {note}", flush=True)
 
-    def _evaluate(self, done: int, pictures: dict[str, Tensor]) -> None:
+    def _evaluate(self, done: int, columns: dict[str, Tensor]) -> None:
         scores = evaluation.evaluate(self.networks, self.images, self.data.num_classes, self.args)
         self.miou = scores[self.headline]["miou"]
         self._append(done, scores, f"% mIoU on {len(self.images)} {self.part} images")
-        pictures = {**pictures, "prediction": pictures["prediction"].argmax(1)}
+        pictures.save_curve(self.folder)
         path = self.folder / f"samples/{done:06d}.png"
-        evaluation.save_samples(path, pictures, self.data.palette)
+        pictures.save_samples(path, columns, self.data.palette, self.data.class_names)
         self.clock = time.perf_counter()  # the seconds of a run are those of its training
         if done < self.recipe.iterations:
             return

@@ -37,7 +37,7 @@ from torch import Tensor
 import cowmix
 from c3semiseg import box_mask
 from classmix import class_mask, mix
-from common.evaluation import colorize
+from common.pictures import colorize
 from complexmix import RECIPES, complex_mask
 
 OUT = Path(__file__).parents[1] / "results/studies/masks"

@@ -465,7 +465,7 @@ def test_warmup_loss_contrasts_student_with_student():
     assert_close(terms, {"loss_l": c3semiseg.supervised_loss(logits, label), "loss_c": expected})
     head = list(student.projection.parameters())  # the gradient reaches both sides
     assert_close(*(torch.autograd.grad(loss, head) for loss in (terms["loss_c"], expected)))
-    assert torch.equal(details["prediction"], logits)
+    assert torch.equal(details["prediction_l"], logits)
     assert list(c3semiseg.warmup_loss(student, image, label)[0]) == ["loss_l"]
 
 

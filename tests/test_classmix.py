@@ -203,7 +203,7 @@ def naive_loss(student, teacher, image, mask, threshold, weighting, scope, facto
         weight = torch.ones(())
     weight = factor * weight
     details = {"pseudo_label": prob.argmax(1), "mask": mask, "mixed_image": image_mix}
-    details |= {"prediction": logits.detach(), "lambda": weight.mean()}
+    details |= {"other": image.roll(-1, 0), "prediction": logits.detach(), "lambda": weight.mean()}
     return (weight * pixel_loss).mean(), details
 
 

@@ -1,6 +1,8 @@
 """Scores by hand, predictions for pictures of any size, and the pictures that are written."""
 
+import json
 from argparse import Namespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common import InputError, evaluation
+from common import InputError, evaluation, pictures
 from common.datasets import open_dataset
 from common.evaluation import class_iou, confusion_matrix, evaluate, predict
 
@@ -116,20 +118,61 @@ def test_predicted_pictures_hold_ids_and_colors(tmp_path):
     assert np.asarray(indexed).tolist() == [[0, 1]]
     colors = np.asarray(indexed.convert("RGB"))
     assert colors.tolist() == [[list(color) for color in palette]]
-    overlay = np.asarray(Image.open(args.out / "x_overlay.png")).astype(int)
-    assert np.abs(2 * overlay - colors - pixels).max() <= 1
+    assert Image.open(args.out / "x_overlay.png").size == (2, 1)
+    legend = Image.open(args.out / "legend.png")
+    assert {(count, color)[1] for count, color in legend.getcolors()} >= {*palette, (0, 0, 0)}
 
 
-def test_a_sheet_shows_images_labels_and_masks(tmp_path):
+def test_an_overlay_shows_picture_classes_and_borders():
+    picture, label = Image.new("RGB", (6, 4), (100, 100, 100)), np.zeros((4, 6), np.uint8)
+    label[:, 3:] = 1
+    classes = pictures.colorize(label, [(200, 0, 0), (0, 200, 0)])
+    row = np.asarray(pictures.overlay(picture, classes))[2].tolist()
+    assert row == 3 * [[140, 60, 60]] + [[0, 0, 0]] + 2 * [[60, 140, 60]]
+
+
+def test_a_sheet_shows_images_labels_masks_and_a_legend(tmp_path):
+    palette = [(255, 0, 0), (0, 255, 0)]
     columns = {
         "image": torch.full((2, 3, 8, 16), 0.2),
-        "label": torch.tensor([1, 255]).view(2, 1, 1).expand(2, 8, 16),
+        "truth": torch.tensor([1, 255]).view(2, 1, 1).expand(2, 8, 16),
         "mask": torch.tensor([True, False]).view(2, 1, 1).expand(2, 8, 16),
+        "prediction": torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(2, 2, 8, 16),
     }
-    evaluation.save_samples(tmp_path / "s/sheet.png", columns, [(255, 0, 0), (0, 255, 0)])
-    sheet = Image.open(tmp_path / "s/sheet.png").convert("RGB")
-    width, height = sheet.size[0] // 3, (sheet.size[1] - 14) // 2
-    wanted = [[(51, 51, 51), (0, 255, 0), (255, 255, 255)], [(51, 51, 51), (0, 0, 0), (0, 0, 0)]]
-    for row in range(2):
-        y, columns = 14 + height // 2 + row * height, range(width // 2, sheet.size[0], width)
-        assert [sheet.getpixel((x, y)) for x in columns] == wanted[row]
+    pictures.save_samples(tmp_path / "s/sheet.png", columns, palette, ("car", "road"))
+    sheet = np.asarray(Image.open(tmp_path / "s/sheet.png").convert("RGB"))
+    grey, red, green, black, white = 3 * [51], [255, 0, 0], [0, 255, 0], 3 * [0], 3 * [255]
+    top = int(((sheet == 51).all(2).sum(1) > 200).argmax())  # the first row of the images
+    width, height = sheet.shape[1] // 4, 16 * (8 + 2)  # enlarged 16 times
+    for row, wanted in enumerate([[grey, green, white, red], [grey, black, black, red]]):
+        y = top + 64 + row * height
+        assert sheet[y, width // 2 :: width].tolist() == wanted
+    below = sheet[top + 2 * height :].reshape(-1, 3).tolist()
+    assert all(color in below for color in (red, green, black))
+
+
+def test_a_chart_puts_lines_and_bands_where_their_values_are():
+    lines = {"low": ([0, 10], [1, 1], 0), "high": ([0, 10], [3, 3], [0.5, 0.5])}
+    chart = np.asarray(pictures.draw_chart(lines, "% mIoU", "step"))
+    blue, orange = (
+        np.abs(chart[:, 300].astype(int) - color).sum(1)
+        for color in ([31, 119, 180], [255, 127, 14])
+    )
+    low, high = blue.argmin(), orange.argmin()
+    assert blue[low] < 90 and orange[high] < 90 and high < low
+    pale = np.ptp(chart[:, 300].astype(int), axis=1) > 10  # not grey
+    assert pale[high - 20 : high + 20].all() and not pale[low - 20 : low - 5].any()
+
+
+def test_a_run_s_curve_has_what_its_log_has(tmp_path):
+    scores = {"student": {"miou": 0.25, "iou": []}, "teacher": {"miou": 0.5, "iou": []}}
+    entries = [{"iteration": k, "loss_l": 1 / k, "lambda": k / 4, "lr": 1} for k in (1, 2, 3)]
+    entries.append({"iteration": 3, **scores})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with mock.patch.object(pictures, "draw_chart", wraps=pictures.draw_chart) as drawn:
+        pictures.save_curve(tmp_path)
+    lines = {name: line for call in drawn.call_args_list for name, line in call.args[0].items()}
+    assert lines.keys() == {"loss_l", "lambda", "student", "teacher"}
+    assert lines["lambda"][:2] == ([1, 2, 3], [0.25, 0.5, 0.75])
+    assert lines["teacher"][:2] == ([3], [50])
+    assert Image.open(tmp_path / "curve.png").height == 3 * 260
