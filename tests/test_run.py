@@ -102,34 +102,6 @@ def test_tensorboard_gets_what_the_log_gets(command, args, refused, tmp_path, mo
     assert {"loss_l", "loss_u", "lambda", "lr", "teacher"} <= {name for name, *_ in calls}
 
 
-FLAGS_OF_A_STEP = """
---seed 1 | --split-seed 2 | --supervised | --size 32 32 | --crop 16 24 | --flip
---batch-size 4 | --warmup 2 | --optimizer sgd | --lr 0.04 | --head-factor 2 | --lr-power 1
---optimizer sgd --momentum 0.5 | --optimizer sgd --nesterov | --weight-decay 0.1 | --mask cow
---mask cut | --mask cow --sigma-range 2 3 | --weighting pixel | --weighting ramp
---weighting ramp --ramp-iterations 3 | --weighting constant | --weight-scope sample
---confidence-threshold 0.35 | --unlabeled-loss soft-cross-entropy | --unlabeled-loss squared-error
---extra-augmentations | --scale-range 0.5 1.5 --crop 24 32 | --mean 10 20 30
---ema-decay 0.1 | --supervised --ema-decay 0.1
-"""
-
-
-def test_every_flag_of_classmix_reaches_the_step(command, args, tmp_path):
-    """No two of these runs end with the same networks, but for the student of the last one."""
-    ends = {name: {} for name in NETWORKS}
-    steps = ("--iterations", 4, "--warmup", 1, "--no-flip", "--confidence-threshold", 0.4)
-    texts = ["", *FLAGS_OF_A_STEP.strip().replace("\n", " | ").split(" | ")]
-    for text in texts:
-        out = tmp_path / (text or "plain").replace(" ", "_")
-        status, _, errors = command("classmix", *args, *steps, "--output-dir", out, *text.split())
-        assert (status, errors) == (0, ""), text
-        for name in NETWORKS:
-            weights = [tensor.flatten().double() for tensor in read_state(out)[name].values()]
-            ends[name][text] = torch.cat(weights).numpy().tobytes()
-    assert ends["student"].pop(texts[-1]) == ends["student"]["--supervised"]  # no teacher's labels
-    assert [len(set(values.values())) for values in ends.values()] == [len(texts) - 1, len(texts)]
-
-
 # ---- Signals and errors ----
 
 
