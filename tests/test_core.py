@@ -4,6 +4,7 @@ import ast
 import builtins
 import inspect
 import itertools
+import json
 import signal
 import symtable
 import sys
@@ -110,7 +111,9 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
     preset = getattr(module, "preset", None)
     recipe, args = flags.parse_args(method, module.__doc__, module.RECIPES, preset, argv)
     module.train(recipe, args, make_session=Watching)
-    assert steps == [*range(6)] and (tmp_path / "run/result.json").exists()
+    headline = "teacher" if method == "cowmix" else "student"
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert steps == [*range(6)] and result["headline"] == headline
     assert len(drawn) == (3 if method == "cowmix" else 2) and all(drawn.values())
     assert rates == pytest.approx([rates[0] * (1 - k / 6) ** recipe.lr_power for k in range(7)])
     for k in range(6):
@@ -118,6 +121,12 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
         followed = students[k if method == "c3semiseg" else k + 1]
         expected = torch.lerp(followed, teachers[k], DECAY[method](k))
         torch.testing.assert_close(teachers[k + 1], expected)
+
+
+@pytest.mark.parametrize("method", ["classmix", "complexmix"])
+def test_the_teacher_takes_the_student_s_statistics(method, camvid):
+    state = record(method, *tiny(method, camvid), "--iterations", 4).state
+    assert all(map(torch.equal, state["student"].buffers(), state["teacher"].buffers()))
 
 
 def test_seeds_differ_in_everything_they_depend_on():

@@ -10,8 +10,6 @@ import pytest
 import torch
 import torchvision
 from conftest import record
-from scipy.ndimage import gaussian_filter
-from scipy.special import erfinv
 from scipy.stats import kstest
 from torch import nn
 
@@ -19,7 +17,7 @@ import cowmix
 from common import InputError, ranks
 from common.deeplab import DeepLabV2, load_weights
 from common.flags import parse_args
-from cowmix import box_mask, cow_mask, warp, warp_grid, warp_label
+from cowmix import warp, warp_grid, warp_label
 
 SMALL = {"layers": (1, 1, 1, 1), "width": 16}
 KINDS = ("cowmix", "cowout", "cutmix", "cutout", "ict", "aug")
@@ -31,51 +29,6 @@ def generator(seed=0):
 
 
 # ---- Masks ----
-
-
-@pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("size", [(48, 80), (7, 33)])  # the second is smaller than the kernels
-def test_cow_mask_equals_listing_1_on_the_same_noise(size, p):
-    noise, sigma = torch.randn(4, *size, generator=generator()), torch.tensor([1.0, 2.3, 7.9, 16])
-    given = {"noise": noise, "sigma": sigma, "sigma_range": (1.0, 16.0), "p_range": (p, p)}
-    mask = cow_mask(4, size, **given, generator=generator(1))
-    assert mask.dtype == torch.bool and mask.shape == (4, *size)
-    for single, n, s in zip(mask.numpy(), noise.double().numpy(), sigma.tolist(), strict=True):
-        smooth = gaussian_filter(n, s)
-        threshold = erfinv(p * 2 - 1) * 2**0.5 * smooth.std() + smooth.mean()
-        sure = np.abs(smooth - threshold) > 1e-5 * smooth.std()  # beyond float32's rounding
-        assert (single == (smooth > threshold))[sure].all() and sure.mean() > 0.999
-
-
-def test_cow_mask_draws_a_log_uniform_sigma_and_noise_for_each_mask():
-    rng, options = generator(), {"sigma_range": (4.0, 16.0)}
-    sigma, _ = 4 * 4 ** torch.rand(50, generator=rng), torch.rand(50, generator=rng)  # p is second
-    noise = torch.randn(50, 32, 40, generator=rng)
-    expected = cow_mask(50, (32, 40), sigma=sigma, noise=noise, **options)
-    mask = cow_mask(50, (32, 40), generator=generator(), **options)
-    assert (mask ^ expected).double().mean() < 1e-4
-
-
-def test_p_is_the_expected_share_of_false():
-    ranges = {"sigma_range": (1.0, 1.0), "p_range": (0.2, 0.6)}
-    share = (~cow_mask(800, (64, 64), **ranges, generator=generator())).double().mean((1, 2))
-    assert kstest(share.numpy(), "uniform", args=(0.2, 0.4)).statistic < 0.07
-
-
-@pytest.mark.parametrize("given", [{}, {"p_range": (0.1, 1.0)}])  # half of the area by default
-@pytest.mark.parametrize("size", [(512, 1024), (321, 321)])
-def test_boxes_equal_naive_loop(size, given):
-    mask = box_mask(100, size, **given, generator=generator())
-    assert mask.dtype == torch.bool and mask.shape == (100, *size)
-    low, high = given.get("p_range", (0.5, 0.5))
-    uniform = torch.rand(4, 100, generator=generator()).T.tolist()
-    for single, (share, u, y, x) in zip(mask, uniform, strict=True):
-        p = low + (high - low) * share
-        height, width = round(size[0] * p**u), round(size[1] * p ** (1 - u))
-        top, left = round((size[0] - height) * y), round((size[1] - width) * x)
-        expected = torch.zeros(size, dtype=torch.bool)
-        expected[top : top + height, left : left + width] = True
-        assert torch.equal(single, expected)
 
 
 # ---- Losses ----
