@@ -25,7 +25,7 @@ from conftest import (
 )
 from torch import nn
 
-from common import flags, ranks, run
+from common import InputError, flags, ranks, run
 from common.deeplab import DeepLabV2
 
 
@@ -186,6 +186,15 @@ def test_every_field_of_a_recipe_changes_the_run(method, camvid):
         assert end.isfinite().all()
         ends.setdefault(end.numpy().tobytes(), []).append(text)
     assert [texts for texts in ends.values() if len(texts) > 1] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_that_do_not_go_together_are_refused(method, camvid):
+    scales = "--scales" if method == "c3semiseg" else "--scale-range"
+    refused = (("--accumulate", 3), "--batch-size 4"), ((scales, 0.5, 1.5), f"{scales}: .*--crop")
+    for argv, expected in refused:
+        with pytest.raises(InputError, match=expected):
+            record(method, *tiny(method, camvid), "--iterations", 5, *argv)
 
 
 @pytest.mark.parametrize("method", METHODS)

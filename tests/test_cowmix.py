@@ -14,10 +14,9 @@ from scipy.stats import kstest
 from torch import nn
 
 import cowmix
-from common import InputError, ranks
+from common import ranks
 from common.deeplab import DeepLabV2, load_weights
 from common.flags import parse_args
-from cowmix import warp, warp_grid, warp_label
 
 SMALL = {"layers": (1, 1, 1, 1), "width": 16}
 KINDS = ("cowmix", "cowout", "cutmix", "cutout", "ict", "aug")
@@ -34,86 +33,35 @@ def generator(seed=0):
 # ---- Losses ----
 
 
-def small_network(seed, kernel=3):
-    """A convolution whose predictions are partly confident; a kernel of 1 sees single pixels."""
-    network = nn.Conv2d(3, 4, kernel, padding=kernel // 2)
+def small_network(seed):
+    """A network of single pixels whose predictions are partly confident."""
+    network = nn.Conv2d(3, 4, 1)
     for parameter in network.parameters():
         parameter.data = 3 * torch.randn(parameter.shape, generator=generator(seed))
     return network
 
 
-IMAGE_A, IMAGE_B = torch.rand(2, 2, 3, 9, 12, generator=generator(5))
-ALL = torch.ones(2, 9, 12, dtype=torch.bool)
-
-
-def naive_listing(student, teacher, kind, image_a, image_b, m, valid, threshold):
-    """Listings 2 and 3 pixel by pixel: the loss, the share of confident pixels, the mixed image."""
-    prob_a, prob_b = (teacher(x).softmax(1).detach() for x in (image_a, image_b))
-    image, target, counts = image_a.clone(), prob_a.clone(), valid.float()
-    for i, y, x in itertools.product(*map(range, counts.shape)):
-        share = float(m[i, y, x])
-        if kind == "cutout":
-            counts[i, y, x] *= share
-            image[i, :, y, x] = share * image_a[i, :, y, x] + (1 - share) * 0.5
-        else:
-            image[i, :, y, x] = (1 - share) * image_a[i, :, y, x] + share * image_b[i, :, y, x]
-            target[i, :, y, x] = (1 - share) * prob_a[i, :, y, x] + share * prob_b[i, :, y, x]
-    confident = (target.amax(1) > threshold)[valid].float().mean()
-    square = (target - student(image).softmax(1)) ** 2 * counts[:, None]
-    return square.sum() / target.numel() * confident, confident, image
-
-
-@pytest.mark.parametrize("threshold", [0.9, 1.0])  # nobody is more than certain
-@pytest.mark.parametrize("kind", ["mix", "cutout", "ict"])
-def test_losses_equal_the_listings(kind, threshold):
-    student, teacher = small_network(0), small_network(1)
-    mask = torch.rand(2, 9, 12, generator=generator(3)) < 0.4
-    blend = torch.tensor([0.1, 0.7]).view(-1, 1, 1, 1)
-    m = blend.expand(2, 1, 9, 12)[:, 0] if kind == "ict" else mask
-    valid = torch.rand(2, 9, 12, generator=generator(4)) < 0.8
-    given = (student, teacher, kind, IMAGE_A, IMAGE_B, m, valid, threshold)
-    expected, confident, image = naive_listing(*given)
-    assert confident < 1 and (confident > 0) == (threshold < 1)
-    gradient = torch.autograd.grad(expected, list(student.parameters()))
-    if kind == "cutout":
-        given = (student, teacher, IMAGE_A, mask, GREY, valid, threshold)
-        loss, details = cowmix.cutout_loss(*given)
-    else:
-        blended = partial(torch.lerp, weight=blend)
-        combine = blended if kind == "ict" else partial(cowmix.mix, ~mask)
-        given = (student, teacher, IMAGE_A, IMAGE_B, combine, valid, threshold)
-        loss, details = cowmix.mixing_loss(*given)
-    loss.backward()
-    torch.testing.assert_close((loss, details["confident"]), (expected, confident))
-    torch.testing.assert_close([p.grad for p in student.parameters()], list(gradient))
-    torch.testing.assert_close(details["mixed_image"], image)
-    torch.testing.assert_close(details["prediction"], student(image).detach())
-    assert all(p.grad is None for p in teacher.parameters())  # no gradient reaches the teacher
-    assert not any(value.requires_grad for value in details.values())
+def test_pixels_above_the_threshold_are_confident():
+    prob, valid = torch.tensor([0.5, 0.9, 1.0, 1.0]).view(1, 1, 1, 4), torch.ones(1, 1, 4).bool()
+    valid[..., 3] = False
+    shares = [cowmix.confident_fraction(prob, value, valid).item() for value in (0.4, 0.9, 1.0)]
+    assert shares == pytest.approx([1, 1 / 3, 0])
 
 
 def moved(x=0.0, y=0.0, mirror=1.0):
     return torch.tensor([[[mirror, 0, x], [0, 1, y], [0, 0, 1]]]).repeat(2, 1, 1)
 
 
-def test_warping_by_hand():
-    image = torch.rand(2, 3, 6, 9, generator=generator())
-    label = torch.randint(0, 5, (2, 6, 9), generator=generator())
-    label[0, 0, 0] = 255
-    grid = warp_grid(moved(x=2, y=-1), (6, 9))
-    expected = GREY.expand_as(image).clone()
-    expected[:, :, :-1, 2:] = image[:, :, 1:, :-2]  # to the right by 2, up by 1
-    torch.testing.assert_close(warp(image, grid, GREY), expected)
-    expected = torch.full_like(label, 255)
-    expected[:, :-1, 2:] = label[:, 1:, :-2]
-    assert torch.equal(warp_label(label, grid), expected)
-    grid = warp_grid(moved(mirror=-1.0), (6, 9))
-    torch.testing.assert_close(warp(image, grid, GREY), image.flip(-1))
-    assert torch.equal(warp_label(label, grid), label.flip(-1))
-    turned = torch.tensor([[[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]])  # (1, 0) -> (0, 1): clockwise
-    square = image[:1, :, :, :6]
-    clockwise = warp(square, warp_grid(turned, (6, 6)), GREY)
-    torch.testing.assert_close(clockwise, square.rot90(-1, (2, 3)))
+@pytest.mark.parametrize("a", [moved(), moved(x=3, y=1), moved(x=1, mirror=-1.0)])
+@pytest.mark.parametrize("b", [moved(), moved(x=3), moved(x=-2, y=3)])
+def test_predictions_are_aligned(a, b):
+    """A network of single pixels is consistent wherever both see the same place."""
+    image, network = torch.rand(2, 3, 9, 12, generator=generator(5)), small_network(0)
+    how = (nn.Identity(), GREY, torch.ones(2, 9, 12, dtype=torch.bool), 0.9)
+    loss, details = cowmix.aug_loss(network, network, image, a, b, *how)
+    assert loss < 1e-10 and 0.1 < details["confident"] < 0.9
+    loss, details = cowmix.aug_loss(network, network, image, a, moved(x=50), *how)
+    assert loss == 0 and details["confident"] == 0  # nothing is seen by both
 
 
 AFFINE = {"flip": 0.5, "translation": 4.0, "scaling": (0.8, 1.25), "rotation": 15.0}
@@ -126,13 +74,13 @@ def test_random_affine_has_the_ranges_of_d_1():
     assert (determinant < 0).mean() == pytest.approx(0.5, abs=0.03)
     scale = np.abs(determinant) ** 0.5
     angle = np.degrees(np.arctan2(matrix[:, 0, 1] * -1, matrix[:, 1, 1]))
-    for values, low, high in (
-        (np.log(scale), math.log(0.8), math.log(1.25)),
-        (angle, -15, 15),
-        (matrix[:, 0, 2], -4, 4),
-        (matrix[:, 1, 2], -4, 4),
+    for values, high in (
+        (np.log(scale), math.log(1.25)),
+        (angle, 15),
+        (matrix[:, 0, 2], 4),
+        (matrix[:, 1, 2], 4),
     ):
-        assert kstest(values, "uniform", args=(low, high - low)).statistic < 0.03
+        assert kstest(values, "uniform", args=(-high, 2 * high)).statistic < 0.03
     assert abs(np.corrcoef(matrix[:, 0, 2], matrix[:, 1, 2])[0, 1]) < 0.06
     np.testing.assert_allclose(matrix[:, 1, 0], -matrix[:, 0, 1] * np.sign(determinant), atol=1e-6)
     still = cowmix.random_affine(3, flip=0.0, translation=0.0, scaling=(1.0, 1.0), rotation=0.0)
@@ -153,36 +101,6 @@ def test_recolor():
     torch.testing.assert_close(both, (0.5 * factor + shifted - 0.5).clamp(0, 1))  # c x + b
 
 
-@pytest.mark.parametrize("a", [moved(), moved(x=3, y=1), moved(x=1, mirror=-1.0)])
-@pytest.mark.parametrize("b", [moved(), moved(x=3), moved(x=-2, y=3)])
-def test_predictions_are_aligned(a, b):
-    """A network of single pixels is consistent wherever both see the same place."""
-    network = small_network(0, kernel=1)
-    loss, details = cowmix.aug_loss(network, network, IMAGE_A, a, b, nn.Identity(), GREY, ALL, 0.9)
-    assert loss < 1e-10 and 0.1 < details["confident"] < 0.9
-    inside = torch.zeros(2, 9, 12)
-    for y, x in itertools.product(range(9), range(12)):  # of the student's picture
-        place = torch.tensor([x - 5.5, y - 4, 1.0])
-        source = torch.linalg.inv(a[0]) @ place
-        both = torch.stack([source, b[0] @ source])[:, :2].abs()
-        inside[:, y, x] = (both <= torch.tensor([6, 4.5])).all()
-    expected = (network(details["mixed_image"]).softmax(1).amax(1) > 0.9).float()
-    torch.testing.assert_close(details["confident"], (expected * inside).sum() / inside.sum())
-
-
-def test_pixels_out_of_sight_do_not_count():
-    student, teacher = small_network(0, kernel=1), small_network(1, kernel=1)
-    others = nn.Identity(), GREY, ALL, 0.0
-    loss, _ = cowmix.aug_loss(student, teacher, IMAGE_A, moved(), moved(x=5), *others)
-    seen_by_both = IMAGE_A[..., :7]  # of 12 columns
-    square = (teacher(seen_by_both).softmax(1) - student(seen_by_both).softmax(1)).square()
-    assert loss.item() == pytest.approx(square.sum().item() / (2 * 4 * 9 * 12), rel=1e-5)
-    loss.backward()
-    assert teacher.weight.grad is None  # no gradient reaches the teacher
-    loss, details = cowmix.aug_loss(student, teacher, IMAGE_A, moved(), moved(x=50), *others)
-    assert loss == 0 and details["confident"] == 0
-
-
 # ---- U-Net ----
 
 
@@ -192,16 +110,14 @@ def encoder(state: dict) -> dict:
     return {name: value for name, value in state.items() if not name.startswith(own)}
 
 
-@pytest.mark.parametrize(("num_classes", "decoder"), [(11, 6_368_779), (21, 6_369_109)])
-def test_unet_has_table_4_s_parameters(num_classes, decoder):
+def test_unet_has_table_4_s_parameters():
     with torch.device("meta"):
-        network, resnet = cowmix.UNet(num_classes), torchvision.models.resnet50()
+        network, resnet = cowmix.UNet(11), torchvision.models.resnet50()
     ours, theirs = encoder(network.state_dict()), encoder(resnet.state_dict())
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     trunk, head = network.parameter_groups(0.5, 3.0)
     assert (trunk["lr"], head["lr"]) == (0.5, 1.5)
-    assert [sum(p.numel() for p in g["params"]) for g in (trunk, head)] == [23_508_032, decoder]
-    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 23_508_032 + decoder
+    assert [sum(p.numel() for p in g["params"]) for g in (trunk, head)] == [23_508_032, 6_368_779]
 
 
 def test_unet_s_encoder_is_torchvision_s():
@@ -232,11 +148,8 @@ def test_unet_pads_with_the_mean_colour_and_cuts_it_off(unet, size):
     inside = (..., slice(top, top + size[0]), slice(left, left + size[1]))
     padded[inside] = image
     with torch.no_grad():
-        logits = unet(image)
+        logits, features = unet(image), unet.features(image)
         torch.testing.assert_close(logits, unet(padded)[inside])
-        assert logits.shape == (2, 5, *size) and logits.dtype == torch.float32
-        features = unet.features(image)
-        assert features.shape == (2, unet.feature_channels, *size)
         assert torch.equal(unet.classify(features, size), logits)
         assert unet.classify(features, (90, 80)).shape == (2, 5, 90, 80)
 
@@ -262,7 +175,7 @@ def test_unet_is_unsure_at_first():
     assert prob.amax(1).max() < 0.5
 
 
-def test_unet_loads_weights_by_torchvision_s_names(unet, tmp_path, monkeypatch):
+def test_unet_loads_torchvision_s_weights(unet, tmp_path, monkeypatch):
     torch.manual_seed(1)
     state = encoder(cowmix.UNet(7, **SMALL).state_dict())
     torch.save({**state, "fc.weight": torch.zeros(3, 3)}, tmp_path / "resnet.pth")
@@ -270,18 +183,15 @@ def test_unet_loads_weights_by_torchvision_s_names(unet, tmp_path, monkeypatch):
     assert "torchvision" in str(loaded) and loaded.unused == ["fc.weight"]
     assert all(torch.equal(unet.state_dict()[name], value) for name, value in state.items())
     assert loaded.missing and not encoder(dict.fromkeys(loaded.missing))
-    asked = []
     weights = type(cowmix.UNet.imagenet)
-    monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: asked.append(self) or state)
-    load_weights(unet, "imagenet")
-    assert asked == [torchvision.models.ResNet50_Weights.IMAGENET1K_V1]
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: state)
+    assert load_weights(unet, "imagenet").missing == loaded.missing
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize(("name", "kind"), [("unet", cowmix.UNet), ("deeplab", DeepLabV2)])
 def test_pretrained_networks_keep_their_statistics(name, kind, pretrained):
-    recipe = cowmix.Recipe(network=name, **SMALL)
-    network = cowmix.network(recipe, 3, pretrained=pretrained)
+    network = cowmix.network(cowmix.Recipe(network=name, **SMALL), 3, pretrained=pretrained)
     assert type(network) is kind and network.bn1.training is not pretrained
     assert network.bn1.weight.requires_grad is (name == "unet" or not pretrained)
 
@@ -329,24 +239,36 @@ SEED = {"perturbation": 3, "color": 4}.get
 STILL = {"translation": 0.0, "rotation": 0.0, "scaling": (1.0, 1.0), "sigma_range": (1.0, 2.0)}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "aug"])
-def test_color_jitter_changes_the_student_s_images_alone(kind):
-    image, seen, mixed = torch.rand(8, 3, 12, 16, generator=generator(4)), [], []
-    image[:4], teacher = image[4:].clone(), small_network(1)  # equal images get other colours
-    pair = (image, torch.zeros(8, 12, 16).long())
+def shown(kind, image, **changes):
+    """What the teacher and what the student sees of images that are all pairs with themselves."""
+    recipe = cowmix.Recipe(perturbation=kind, **{**STILL, "p_range": (1, 1), **changes})
+    teacher, seen, pair = small_network(1), [], (image, torch.zeros(8, 12, 16).long())
     teacher.register_forward_pre_hook(lambda network, given: seen.append(given[0]))
-    for jitter in (False, True):
-        recipe = cowmix.Recipe(perturbation=kind, p_range=(1, 1), color_jitter=jitter, **STILL)
-        given = (recipe, small_network(0), teacher, GREY, pair, pair)
-        mixed.append(cowmix.unlabeled_loss(*given, seed=SEED)[1]["mixed_image"])
-    assert all(torch.equal(x, image) for x in seen)
-    if kind == "cowout":  # p = 1 hides all of it
-        assert torch.equal(*mixed)
-        return
-    plain, colored = mixed
+    given = (recipe, small_network(0), teacher, GREY, pair, pair)
+    _, details = cowmix.unlabeled_loss(*given, seed=SEED)
+    return *seen, details["mixed_image"]
+
+
+@pytest.mark.parametrize("kind", ["cowmix", "cutmix", "cutout", "ict"])  # p = 1 hides all of cowout
+def test_color_jitter_changes_the_student_s_images_alone(kind):
+    image = torch.rand(4, 3, 12, 16, generator=generator(4)).repeat(2, 1, 1, 1)
+    (*seen, plain), (*again, colored) = (shown(kind, image, color_jitter=j) for j in (False, True))
+    assert all(torch.equal(x, image) for x in seen + again)
     assert sum(map(torch.equal, plain, colored)) < 4
-    assert sum(map(torch.equal, colored[:4], colored[4:])) < 3
+    assert sum(map(torch.equal, colored[:4], colored[4:])) < 3  # equal images get other colours
     assert colored.min() >= 0 and colored.max() <= 1
+
+
+def test_aug_changes_places_and_colours_of_both():
+    image = torch.rand(8, 3, 12, 16, generator=generator(4))
+    both = shown("aug", image, brightness=0.0, contrast=1.0)
+    mirrored = [(x - image.flip(-1)).abs().amax((1, 2, 3)) < 1e-5 for x in both]
+    assert not torch.equal(*mirrored) and all(m.any() and not m.all() for m in mirrored)
+    three = (image, *shown("aug", image, flip_probability=0.0))
+    for x, y in itertools.combinations(three, 2):
+        assert (x - y).abs().amax((1, 2, 3)).min() > 0.01  # each image has its own colours
+    for x in shown("aug", image, scaling=(0.5, 0.5)):
+        assert (x[:, :, [0, -1]] - GREY).abs().max() < 1e-6  # the mean colour is around it
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -354,7 +276,7 @@ def test_padding_does_not_count(kind):
     """Networks of single pixels have the same loss, whatever the padding looks like."""
     others = {"p_range": (0.4, 0.4), "flip_probability": 0.0, "ict_alpha": 1.0}
     recipe = cowmix.Recipe(perturbation=kind, **others, **STILL)
-    networks = small_network(0, kernel=1), small_network(1, kernel=1)
+    networks = small_network(0), small_network(1)
     padded = torch.zeros(2, 4, 9, 12, dtype=torch.bool)
     padded[0, :, :, :4], padded[1, :, 6:] = True, True
 
@@ -364,33 +286,13 @@ def test_padding_does_not_count(kind):
         changed = replace(recipe, confidence_threshold=threshold)
         pairs = zip(images, label * padded.long(), strict=True)
         loss, details = cowmix.unlabeled_loss(changed, *networks, GREY, *pairs, seed=SEED)
+        assert not any(value.requires_grad for value in details.values())
         return loss.item(), details["confident"].item()
 
     dark, bright, counted = values(0.1), values(0.9), values(0.9, label=0)
     assert dark == pytest.approx(bright, rel=1e-5) and min(dark) > 0 and dark[1] < 1
     assert counted != pytest.approx(bright, rel=1e-3)
     assert values(0.9, threshold=0.0)[1] == 1
-
-
-def shown_by_aug(**changes):
-    """Returns eight images, what the teacher sees of them and what the student sees."""
-    recipe = cowmix.Recipe(perturbation="aug", **{**STILL, **changes})
-    image, seen = torch.rand(8, 3, 12, 16, generator=generator(4)), []
-    pair, teacher = (image, torch.zeros(8, 12, 16).long()), small_network(1)
-    teacher.register_forward_pre_hook(lambda network, given: seen.append(given[0]))
-    given = (recipe, small_network(0), teacher, GREY, pair, pair)
-    _, details = cowmix.unlabeled_loss(*given, seed=SEED)
-    return image, *seen, details["mixed_image"]
-
-
-def test_aug_changes_places_and_colours_of_both():
-    image, *both = shown_by_aug(brightness=0.0, contrast=1.0)
-    mirrored = [(x - image.flip(-1)).abs().amax((1, 2, 3)) < 1e-5 for x in both]
-    assert not torch.equal(*mirrored) and all(m.any() and not m.all() for m in mirrored)
-    for x, y in itertools.combinations(shown_by_aug(flip_probability=0.0), 2):
-        assert (x - y).abs().amax((1, 2, 3)).min() > 0.01  # each image has its own colours
-    for x in shown_by_aug(scaling=(0.5, 0.5))[1:]:
-        assert (x[:, :, [0, -1]] - GREY).abs().max() < 1e-6  # the mean colour is around it
 
 
 TINY = "--dataset camvid --labeled 4 --size 24 64 --weights none --layers 1 1 1 1 --width 4 "
@@ -441,11 +343,7 @@ def test_the_loop_logs_the_loss_of_its_batches(camvid, kind):
     assert logged == ([loss.item()], [details["confident"].item()])
 
 
-def test_networks_and_optimizer_of_the_loop(camvid):
-    session = train(camvid)
-    student, teacher = session.state["student"], session.state["teacher"]
-    assert student.training and teacher.training and session.headline == "teacher"
-    assert {group["weight_decay"] for group in session.state["optimizer"].param_groups} == {0}
+def test_the_teacher_s_statistics_are_averages(camvid):
     supervised = train(camvid, "--supervised", "--ema-decay", 0.5, "--iterations", 1)
     student, teacher = supervised.state["student"], supervised.state["teacher"]
     torch.testing.assert_close(teacher.bn1.running_mean, 0.5 * student.bn1.running_mean)
@@ -487,10 +385,3 @@ def test_the_folder_names_what_differs_from_the_data_set_s_recipe():
     _, args = parse_args("cowmix", cowmix.__doc__, cowmix.RECIPES, cowmix.preset, flags)
     name = str(args.output_dir).removeprefix("runs/cowmix_camvid_30_s0_")
     assert {*name.split("_")} == {"perturbation-cutmix", "network-deeplab"}
-
-
-def test_flags_that_do_not_go_together(camvid):
-    with pytest.raises(InputError, match="--batch-size 2: cannot be split into 4 micro-batches"):
-        train(camvid, "--accumulate", 4)
-    with pytest.raises(InputError, match="--scale-range: needs --crop"):
-        train(camvid, "--scale-range", 0.5, 1.5)
