@@ -24,10 +24,6 @@ from weight_formats import SHAPE, contents, published, randomize, rename
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of the published weights, 0-255
 LAYERS = SHAPE["layers"]
-SHAPES = [  # of an image, after conv1, after the max-pool, at the end
-    ((321, 321), (161, 161), (81, 81), (41, 41)),
-    ((512, 1024), (256, 512), (129, 257), (65, 129)),
-]
 STATISTICS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # RGB
 
 CONTENTS = contents(5)
@@ -45,35 +41,20 @@ def small(num_classes=5, **options):
     return DeepLabV2(num_classes, **SHAPE | options)
 
 
-@pytest.fixture(scope="module")
-def resnet101():
-    with torch.device("meta"):
-        return DeepLabV2(19)
-
-
-@pytest.mark.parametrize(("size", "stem", "pool", "last"), SHAPES)
-def test_shapes(resnet101, size, stem, pool, last):
-    image = torch.empty(2, 3, *size, device="meta")
-    x = resnet101.conv1(image)
-    assert x.shape[2:] == stem and resnet101.maxpool(x).shape[2:] == pool
-    assert resnet101.layer1(resnet101.maxpool(x)).shape == (2, 256, *pool)
-    features = resnet101.features(image)
-    assert features.shape == (2, 2048, *last)
-    assert resnet101.classify(features, size).shape == resnet101(image).shape == (2, 19, *size)
-
-
 def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-def test_parameter_counts(resnet101):
-    assert count(resnet101.parameters()) == 43_901_068
-    assert count(p for p in resnet101.parameters() if p.requires_grad) == 43_795_724
-    assert resnet101.feature_channels == 2048 and small().feature_channels == 128
+def test_shapes_and_parameters_of_the_paper_s_network():
     with torch.device("meta"):
-        two, affine = DeepLabV2(19, rates=(6, 12)), DeepLabV2(19, train_affine=True)
-    assert count(two.classifiers.parameters()) == 700_454
-    assert count(p for p in affine.parameters() if p.requires_grad) == 43_901_068
+        net, affine = DeepLabV2(19), DeepLabV2(19, rates=(6, 12), train_affine=True)
+        image = torch.empty(2, 3, 321, 513)
+    assert net.features(image).shape == (2, 2048, 41, 65) and net.feature_channels == 2048
+    assert net(image).shape == (2, 19, 321, 513)
+    assert count(net.parameters()) == 43_901_068
+    assert count(p for p in net.parameters() if p.requires_grad) == 43_795_724
+    assert count(affine.classifiers.parameters()) == 700_454
+    assert all(p.requires_grad for p in affine.parameters())
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "batch"])
@@ -109,19 +90,12 @@ def test_parameter_groups(train_affine):
     assert sorted(grouped) == sorted(id(p) for p in net.parameters() if p.requires_grad)
 
 
-def test_load_torchvision_weights(monkeypatch):
-    """Up to layer1 the network is torchvision's."""
-    own, model = ResNet(Bottleneck, list(LAYERS)).eval(), small(width=64)
-    state = randomize(own.state_dict())
+def test_imagenet_weights_are_torchvision_s(monkeypatch):
+    state = ResNet(Bottleneck, list(LAYERS)).state_dict()
     api = mock.Mock(return_value=state)
     monkeypatch.setattr(ResNet101_Weights, "get_state_dict", api)
-    report = load_weights(model, "imagenet")
-    assert api.call_args.kwargs["check_hash"]
-    image, outputs = torch.rand(2, 3, 33, 65), []  # of a size where ceil_mode does not matter
-    x = (image - STATISTICS[0]) / STATISTICS[1]
-    for net, y in ((own, x), (model.eval(), model.normalize(image))):
-        outputs.append(net.layer1(net.maxpool(net.bn1(net.conv1(y)).relu())))
-    assert torch.equal(*outputs)
+    report = load_weights(small(width=64), "imagenet")
+    assert api.call_args.kwargs["check_hash"] and report.missing == HEAD
     assert "classifiers.0.weight" in str(report) and "fc.weight" in str(report)
 
 
@@ -224,15 +198,13 @@ def test_student_before_teacher(student, teacher, tmp_path):
     states = {teacher: published(5, seed=1)} | ({student: published(5)} if student else {})
     model, report = load(states, tmp_path / "weights.pth")
     assert_same(model.bn1.running_var, published(5, seed=0 if student else 1)["bn1.running_var"])
-    assert f"its {student or teacher}" in str(report) and f"{len(report.matched)} t" in str(report)
+    assert f"its {student or teacher}" in str(report)
 
 
 @pytest.mark.parametrize("headline", ["student", "teacher"])
 def test_checkpoint_gives_its_headline_network(headline, tmp_path):
-    networks = {"student": small(), "teacher": small()}
-    networks[headline].mean.fill_(0.3)
-    randomize(networks[headline].state_dict())
-    states = {name: network.state_dict() for name, network in networks.items()}
+    states = {name: small().state_dict() for name in ("student", "teacher")}
+    randomize(states[headline])["mean"].fill_(0.3)
     checkpoint = {"state": {"optimizer": {"state": {}}} | states, "headline": headline}
     model, report = load(checkpoint, tmp_path / "last.pt")
     assert report.missing == report.unused == [] and f"its {headline}" in report.format
