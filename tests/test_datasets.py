@@ -18,17 +18,6 @@ from common.augment import scale_crop_flip
 from common.datasets import MicroBatches, endless, open_dataset, select, split
 from common.layouts import read_image
 
-REAL_CAMVID = Path(os.environ.get("CAMVID", Path(__file__).parents[2] / "shared/data/camvid"))
-
-
-@pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason="the real CamVid is not here")
-def test_the_real_camvid():
-    train, rows = open_dataset("camvid", REAL_CAMVID).train, torch.arange(360.0).view(-1, 1)
-    image, label = train[5]
-    assert len(train) == 367 and image.shape == (3, 360, 480) and label.shape == (360, 480)
-    sky, road = (rows.expand(360, 480)[label == k].mean() for k in (0, 3))
-    assert sky < road and (label == 255).any()  # sky lies above the road
-
 
 def test_camvid_reads_both_formats_and_maps_void(camvid):
     data = open_dataset("camvid", camvid)
@@ -41,17 +30,6 @@ def test_camvid_reads_both_formats_and_maps_void(camvid):
     assert label[0, 0] == 255 and data.class_names[0] == "sky" and len(data.palette) == 11
     camvid.rename(camvid.with_name("CamVid"))  # may lie one level down
     assert open_dataset("camvid", camvid.parent).train.names == data.train.names
-
-
-def test_a_photograph_is_turned_no_more_than_its_label(folder):
-    path = folder / "images/train/street 2.jpg"
-    upright = np.asarray(Image.open(path))
-    exif = Image.Exif()
-    exif[274] = 6  # orientation: a quarter turn
-    Image.open(path).save(path, exif=exif, quality=100, subsampling=0)
-    image, label = open_dataset("folder", folder).train[2]
-    assert image.shape[1:] == label.shape == upright.shape[:2]
-    assert np.abs(image.movedim(0, 2).numpy() - upright.astype(int)).max() < 30
 
 
 def test_folder_pairs_by_stem_and_keeps_images_without_labels(folder):

@@ -1,5 +1,6 @@
 """The layouts of Cityscapes, Pascal VOC 2012 with SBD, CamVid and BDD100K, as tiny trees."""
 
+import os
 import shutil
 from argparse import Namespace
 
@@ -215,6 +216,12 @@ BAD_TREES = [
     ("cityscapes", write_over("traina*Ids.png", GREY | 255), "label id 255"),  # train ids have it
     ("cityscapes", write_over("traina*Ids.png", GREY[:8]), "(96, 8) pixels"),
     ("cityscapes", lambda r: one(r, "valb*Ids.png").write_bytes(b""), "an empty file"),
+    (
+        "cityscapes",
+        lambda r: os.truncate(one(r, "traina*8bit.png"), 60),
+        "8bit.png: a damaged file",
+    ),
+    ("cityscapes", lambda r: one(r, "vala*8bit.png").unlink(), "Ids.png: no image in "),
     ("voc", lambda r: shutil.rmtree(r / "JPEGImages"), "VOCdevkit/VOC2012/JPEGImages"),
     ("voc", lambda r: shutil.rmtree(r / "SegmentationClassAug"), " has no label"),
     ("voc", lambda r: one(r, "val.txt").unlink(), "val.txt: no such file"),

@@ -344,9 +344,8 @@ def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
     (tmp_path / "list.txt").unlink()
     before = (other / "last.pt").read_bytes()
     resume = ("--resume", out / "last.pt", "--workers", 0, "--output-dir")
-    assert (
-        "last.pt exists: " in refused(*resume, other) and (other / "last.pt").read_bytes() == before
-    )
+    assert "last.pt exists: " in refused(*resume, other)
+    assert (other / "last.pt").read_bytes() == before
     assert command("classmix", *resume, moved)[0] == 0
     assert (moved / "split.txt").read_text() == "001\n004\n006\n"
     assert (moved / "config.json").exists() and (moved / "result.json").exists()
@@ -355,9 +354,8 @@ def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
 
 def test_checkpoints_that_do_not_fit_are_refused(refused, args, trained, folder, tmp_path):
     last, other = trained / "last.pt", tmp_path / "other.pt"
-    assert "other classes" in refused(
-        "--evaluate", last, "--dataset", "folder", "--data-dir", folder
-    )
+    other_data = ("--dataset", "folder", "--data-dir", folder)
+    assert "other classes" in refused("--evaluate", last, *other_data)
     assert "--width" in refused("--resume", last, "--width", 8)
     assert "does not fit" in refused("--evaluate", last, "--width", 8)
     assert "last.pt exists: " in refused(*args, "--output-dir", trained)
@@ -407,19 +405,11 @@ def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, va
     assert not (trained / "out").exists()
 
 
-def test_a_copied_checkpoint_is_evaluated_and_auto_only_resumes(command, refused, trained):
-    copy = trained / "copy.pt"
-    copy.write_bytes((trained / "last.pt").read_bytes())
-    assert command("classmix", "--evaluate", copy)[0] == 0
-    assert "auto: no such checkpoint" in refused("--evaluate", "auto")
-    copy.unlink()
-
-
 def test_damage_that_torch_does_not_notice(refused, args, trained):
     """A flipped bit of a weight, which only the checksums show."""
     last, new = trained / "last.pt", ("--output-dir", trained / "new")
     content, data = torch.load(last, weights_only=True), bytearray(last.read_bytes())
-    data[data.index(content["state"]["student"]["layer1.0.conv2.weight"].numpy().tobytes())] ^= 1
+    data[data.index(content["state"]["student"]["layer1.0.bn1.running_var"].numpy().tobytes())] ^= 1
     (trained / "bit.pt").write_bytes(data)
     assert "a damaged one" in refused("--evaluate", trained / "bit.pt", *new)
     assert "bit.pt: damaged" in refused(*args, "--weights", trained / "bit.pt", *new)
@@ -459,23 +449,20 @@ def test_evaluation_at_full_resolution_and_on_another_data_set(
     assert f"--data-dir {Path('data/bdd100k')}: no such folder" in line
 
 
-def test_folder_trains_and_predicts_pictures_of_any_size(command, folder, tmp_path):
+def test_the_headline_network_alone_predicts_pictures_of_any_size(command, folder, tmp_path):
     out, picture, predicted = tmp_path / "run", tmp_path / "mine.png", []
     args = ("--dataset", "folder", "--data-dir", folder, "--crop", 32, 32, *SMALL.split())
     status, printed, errors = command("classmix", *args, "--iterations", 4, "--output-dir", out)
     assert (status, errors) == (0, "") and "6 labeled and 4 unlabeled of 10" in printed
-    noise = np.random.default_rng(0).integers(0, 256, (51, 37)).astype(np.uint8)
-    Image.fromarray(noise).save(picture)  # grey: becomes RGB
+    Image.effect_noise((37, 51), 90).save(picture)  # grey: becomes RGB
     good = torch.load(out / "last.pt", weights_only=True)
     for name in NETWORKS:  # the headline of ClassMix is the student: no teacher is needed
-        state = {"student": good["state"][name]}
-        torch.save({**good, "state": state}, tmp_path / "other.pt")
+        torch.save({**good, "state": {"student": good["state"][name]}}, tmp_path / "other.pt")
         predict = ("--predict", tmp_path / "other.pt", picture, "--out", tmp_path / name)
         assert command("classmix", *predict)[0] == 0
-        predicted.append(Image.open(tmp_path / name / "mine.png"))
-    assert predicted[0].mode == "P" and predicted[0].size == (37, 51)
-    assert np.asarray(predicted[0]).max() < 3
-    assert not np.array_equal(*map(np.asarray, predicted))
+        predicted.append(np.asarray(Image.open(tmp_path / name / "mine.png")))
+    assert predicted[0].shape == (51, 37) and predicted[0].max() < 3
+    assert not np.array_equal(*predicted)
     assert Image.open(tmp_path / "student/mine_overlay.png").size == (37, 51)
 
 
@@ -491,35 +478,6 @@ def test_predictions_never_overwrite_a_picture(refused, camvid, trained, tmp_pat
 
 
 # ---- Bad input ----
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:60])
-
-
-BAD_TREES = {
-    "trainannot": lambda r: shutil.rmtree(r / "trainannot"),
-    "004.png": lambda r: (r / "trainannot/004.png").unlink(),
-    "001.png": lambda r: (r / "val/001.jpg").unlink(),
-    "train/002.png: a damaged file": lambda r: cut(r / "train/002.png"),
-    "valannot/002.png: a damaged file": lambda r: cut(r / "valannot/002.png"),
-    "train/002.png: a damaged file, an empty file": lambda r: (r / "train/002.png").write_bytes(
-        b""
-    ),
-    "(64, 47)": lambda r: Image.new("L", (64, 47)).save(r / "trainannot/001.png"),
-    "label id 77": lambda r: Image.new("L", (64, 48), 77).save(r / "valannot/001.png"),
-    "palette PNG": lambda r: Image.new("RGB", (64, 48)).save(r / "trainannot/001.png"),
-    "train/002.png: more than 8 bits": lambda r: Image.fromarray(
-        np.zeros((48, 64), np.uint16)
-    ).save(r / "train/002.png"),
-}
-
-
-@pytest.mark.parametrize("expected", BAD_TREES)
-def test_bad_data_is_one_line_that_names_the_file(refused, args, camvid, tmp_path, expected):
-    BAD_TREES[expected](camvid)
-    steps = ("--labeled", "1.0", "--iterations", 6, "--output-dir", tmp_path / "run")
-    assert expected in refused(*args[:-2], *steps)
 
 
 BAD_FLAGS = """
