@@ -82,30 +82,31 @@ def test_the_teacher_s_update():
         on_device(*teacher.state_dict().values())
 
 
-def test_classmix():
+@pytest.mark.parametrize(
+    ("mask", "kind", "weighting"),
+    [
+        ("class", "cross-entropy", "fraction"),
+        ("cow", "soft-cross-entropy", "pixel"),
+        ("cut", "squared-error", "ramp"),
+    ],
+)
+def test_classmix(mask, kind, weighting):
     (student, teacher), (image, label) = networks(classmix), images()
+    make_mask = partial(classmix.make_mask, classmix.Recipe(mask=mask), CLASSES, None)
+    options = {"make_mask": make_mask, "kind": kind, "weighting": weighting}
     with OnCuda():
-        on_device(classmix.cross_entropy(student(image), label))
-        for mask, kind, weighting in (
-            ("class", "cross-entropy", "fraction"),
-            ("cow", "soft-cross-entropy", "pixel"),
-            ("cut", "squared-error", "ramp"),
-        ):
-            make_mask = partial(classmix.make_mask, classmix.Recipe(mask=mask), CLASSES, None)
-            options = {"make_mask": make_mask, "kind": kind, "weighting": weighting}
-            loss, details = classmix.classmix_loss(student, teacher, image, **options)
-            on_device(loss, *details.values())
+        loss, details = classmix.classmix_loss(student, teacher, image, **options)
+        on_device(loss, *details.values(), classmix.cross_entropy(student(image), label))
 
 
-def test_complexmix():
-    (student, teacher), (image, label) = networks(complexmix), images()
+@pytest.mark.parametrize(("blocks", "classes"), [(1, "all"), (16, "present")])
+def test_complexmix(blocks, classes):
+    (student, teacher), (image, _) = networks(complexmix), images()
+    options = {"num_classes": CLASSES, "blocks": blocks, "classes": classes}
+    make_mask = partial(complexmix.complex_mask, **options)
     with OnCuda():
-        on_device(complexmix.cross_entropy(student(image), label))
-        for blocks, classes in ((1, "all"), (16, "present")):
-            options = {"num_classes": CLASSES, "blocks": blocks, "classes": classes}
-            make_mask = partial(complexmix.complex_mask, **options)
-            loss, details = complexmix.complexmix_loss(student, teacher, image, make_mask=make_mask)
-            on_device(loss, *details.values())
+        loss, details = complexmix.complexmix_loss(student, teacher, image, make_mask=make_mask)
+        on_device(loss, *details.values())
 
 
 @pytest.mark.parametrize("network", ["unet", "deeplab"])

@@ -89,9 +89,8 @@ def test_predict_at_any_size_equals_plain_upsampling(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     picture, prediction = predict(Reader(11), tmp_path / "a.png", (60, 80), CPU, keep_aspect=True)
     scale = (60 * 80 / (300 * 47)) ** 0.5
-    inside = (round(47 * scale), round(300 * scale))
-    resized = np.asarray(Image.fromarray(pixels).resize(inside, Image.Resampling.BILINEAR))
-    image = torch.from_numpy(resized.copy()).movedim(2, 0)[None].float() / 255
+    resized = picture.resize((round(47 * scale), round(300 * scale)), Image.Resampling.BILINEAR)
+    image = torch.from_numpy(np.array(resized)).movedim(2, 0)[None].float() / 255
     wanted = Reader(11).eval().classify(image, (300, 47))
     assert prediction.dtype == np.uint8 and picture.size == (47, 300)
     assert (wanted.argmax(1)[0].numpy() == prediction).mean() > 0.999
@@ -121,11 +120,9 @@ def test_predicted_pictures_hold_ids_and_colors(tmp_path):
 
 
 def test_a_sheet_shows_images_labels_and_masks(tmp_path):
-    columns = {
-        "image": torch.full((2, 3, 8, 16), 0.2),
-        "label": torch.tensor([1, 255]).view(2, 1, 1).expand(2, 8, 16),
-        "mask": torch.tensor([True, False]).view(2, 1, 1).expand(2, 8, 16),
-    }
+    first, second = torch.ones(2, 8, 16, dtype=torch.int64)
+    label = torch.stack([first, 255 * second])
+    columns = {"image": torch.full((2, 3, 8, 16), 0.2), "label": label, "mask": label == 1}
     evaluation.save_samples(tmp_path / "s/sheet.png", columns, [(255, 0, 0), (0, 255, 0)])
     sheet = Image.open(tmp_path / "s/sheet.png").convert("RGB")
     width, height = sheet.size[0] // 3, (sheet.size[1] - 14) // 2

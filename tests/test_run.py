@@ -318,13 +318,11 @@ def test_resized_images_of_any_size_need_no_crop():
         assert (recipe.crop, recipe.scale_range) == (crop, scale_range)
 
 
-def test_help_names_every_flag_and_the_presets(command):
+def test_help_names_every_flag(command):
     status, printed, errors = command("classmix", "--help")
-    text = " ".join(printed.split())
-    assert (status, errors) == (0, "") and "ClassMix" in text
-    for field in classmix.RECIPES["streets"].__dataclass_fields__:
-        assert re.search(f"--{field.replace('_', '-')}[ ,]", text)
-    assert "folder: 0.00025, streets: 0.006, small: 0.006]" in text and "[default: 0.9]" in text
+    assert (status, errors) == (0, "") and "ClassMix" in printed
+    for field in classmix.Recipe.__dataclass_fields__:
+        assert re.search(f"--{field.replace('_', '-')}[ ,]", printed)
 
 
 def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
@@ -421,17 +419,6 @@ def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
     assert parse("--resume", last)[0].warmup == classmix.RECIPES["camvid"].warmup == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {last}: ") and "without --warmup 0" in line
-
-
-def test_a_resume_killed_between_cutting_and_writing_the_log(command, trained, monkeypatch):
-    cut, log = mock.Mock(wraps=os.truncate), trained / "log.jsonl"
-    before = log.read_bytes()
-    log.write_bytes(before + b'{"iteration": 3}\n')  # after the checkpoint
-    monkeypatch.setattr(os, "truncate", cut)
-    monkeypatch.setattr(run.Session, "_append", mock.Mock(side_effect=KeyboardInterrupt))
-    command("classmix", "--resume", trained / "last.pt")
-    cut.assert_called_once_with(log, len(before))
-    assert before and log.read_bytes() == before
 
 
 # ---- Evaluating and predicting ----
