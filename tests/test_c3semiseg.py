@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_state, record, stopping_train, tiny
+from conftest import generator, read_state, record, stopping_train, tiny
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.testing import assert_close
@@ -18,10 +18,6 @@ import c3semiseg
 from common import InputError
 
 CITYSCAPES, BDD100K = (c3semiseg.RECIPES[name] for name in ("cityscapes", "bdd100k"))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)

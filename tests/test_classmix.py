@@ -7,15 +7,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import generator
 from torch import nn
 
 import classmix
 import complexmix
 import cowmix
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("method", [classmix, cowmix])  # complexmix.py has classmix.py's text

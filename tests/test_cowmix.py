@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import record
+from conftest import generator, record
 from scipy.stats import kstest
 from torch import nn
 
@@ -19,10 +19,6 @@ from common.flags import parse_args
 SMALL = {"layers": (1, 1, 1, 1), "width": 16}
 KINDS = ("cowmix", "cowout", "cutmix", "cutout", "ict", "aug")
 GREY = torch.full((3, 1, 1), 0.5)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---- Masks ----

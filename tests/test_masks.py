@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import generator
 from scipy.fft import idctn
 from scipy.ndimage import gaussian_filter
 from scipy.special import erfinv
@@ -17,10 +18,6 @@ import classmix
 import cowmix
 from complexmix import complex_mask
 from cowmix import box_mask, cow_mask
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_mix_takes_a_where_the_mask_is_true():
