@@ -194,36 +194,6 @@ def test_losses_without_pixels_or_pairs_are_0():
         assert loss == 0 and torch.autograd.grad(loss, z)[0].eq(0).all()
 
 
-@pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("per_class", [20, 7, 1])
-def test_sample_pixels(hard, per_class):
-    """Against counts by hand, over many random maps with rare, absent and void classes."""
-    batch, num_classes, size, half = 6, 5, (9, 16), per_class // 2
-    for _ in range(8):
-        label = torch.randint(9, (batch, *size))
-        label = torch.where(label < 5, label, torch.where(label < 7, 0, 255))
-        label[:, 0, :3], label[1] = 4, 3  # image 1 has one class
-        wrong = torch.rand(batch, *size) < torch.linspace(0, 1, batch).view(-1, 1, 1)
-        prediction = torch.where(wrong, (label + 1) % 5, label.clamp(max=4))
-        wrong = (prediction != label).flatten()
-        index, drawn = c3semiseg.sample_pixels(
-            label, prediction, per_class, num_classes=num_classes, hard=hard, generator=generator()
-        )
-        index, drawn = (x.view(batch, num_classes, per_class) for x in (index, drawn))
-        for b, c in itertools.product(range(batch), range(num_classes)):
-            of_class = (label == c) & (torch.arange(batch) == b).view(-1, 1, 1)
-            n_wrong = (of_class.flatten() & wrong).sum().item()
-            n_right = of_class.sum().item() - n_wrong
-            if n_wrong + n_right <= per_class:
-                assert drawn[b, c].eq(255).all()
-                continue
-            assert drawn[b, c].eq(c).all() and of_class.flatten()[index[b, c]].all()
-            assert len(set(index[b, c].tolist())) == per_class
-            n_hard = half if n_right >= per_class - half else per_class - n_right
-            if hard:
-                assert wrong[index[b, c]].sum() == min(n_hard, n_wrong)
-
-
 def test_sampling_is_uniform_within_the_pools():
     label = torch.zeros(1, 6, 10).long()
     prediction = (torch.arange(60).view(1, 6, 10) < 24).long()  # 24 hard, 36 easy

@@ -3,14 +3,12 @@
 import os
 import resource
 import shutil
-import signal
-import time
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, children, finish, problems, publish, same_state, start, write_cityscapes
+from conftest import problems, publish, same_state, write_cityscapes
 from PIL import Image
 
 from common import cache
@@ -134,6 +132,13 @@ def test_a_damaged_cache_is_told_and_replaced(tmp_path, length):
     holds_items(place)
 
 
+def test_a_build_that_is_stopped_leaves_nothing(tmp_path):
+    stop = mock.Mock(side_effect=[None, None, KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(tmp_path / "cache/key.npy", 3, items(stop))
+    assert list(tmp_path.glob("cache/*")) == []
+
+
 @pytest.mark.parametrize("moment", [1, 2, 3])
 def test_two_builders_at_once_both_end_with_a_sound_cache(tmp_path, moment):
     """The second one builds the whole cache while the first one decodes this image."""
@@ -149,45 +154,6 @@ def test_two_builders_at_once_both_end_with_a_sound_cache(tmp_path, moment):
     cache.build(place, 3, items(build_too))
     holds_items(place)
     assert list(place.parent.iterdir()) == [place]
-
-
-SLOW = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import classmix
-from common import datasets
-read = datasets.read_image
-datasets.read_image = lambda *what: time.sleep(0.3) or read(*what)
-classmix.main()
-"""
-
-
-def alive(workers):
-    """Those of the processes that have not ended."""
-    return [w for w in workers if w.exists() and "State:\tZ" not in (w / "status").read_text()]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_build_that_ends_early_leaves_no_process_and_no_cache(tree, number):
-    flags = (*SMALL.split(), tree, "--output-dir", tree / "run")
-    process, workers = start("-c", SLOW, *flags), []
-    while not workers and process.poll() is None:
-        time.sleep(0.05)
-        if any(path.stat().st_size for path in tree.glob(".cache*/train/*")):
-            workers = [Path("/proc") / str(child) for child in children(process)]
-    process.send_signal(number)
-    status, _, errors = finish(process)
-    if number == signal.SIGKILL:
-        deadline = time.monotonic() + 60
-        while alive(workers) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        (left,) = made(tree)
-        train = prepared(tree)
-        assert train.cache != left and made(tree) == [train.cache]
-    else:
-        assert status == 128 + number and made(tree) == []
-        assert problems(errors)[-1] == f"classmix.py: stopped by {number.name}"
-    assert workers and not alive(workers)
 
 
 def test_a_run_decodes_each_image_once_on_a_machine(command, tree, tmp_path, monkeypatch):

@@ -59,17 +59,14 @@ def test_class_names_are_text_without_control_characters(folder):
             open_dataset("folder", folder)
 
 
-def test_every_error_of_an_image_names_the_file(folder, monkeypatch):
+def test_every_error_of_an_image_names_the_file(folder):
     image, label = folder / "images/train/street 0.jpg", folder / "labels/train/street 0.png"
+    with pytest.raises(InputError, match=r"street 0\.jpg: .*division"):
+        read_image(image, lambda _: 1 / 0)  # predict() turns a picture
     data = label.read_bytes()
     label.write_bytes(data[: data.index(b"IDAT") - 4])
     with pytest.raises(InputError, match=r"street 0\.png"):  # a label without image data
         open_dataset("folder", folder)
-    with pytest.raises(InputError, match=r"street 0\.jpg: .*division"):
-        read_image(image, lambda _: 1 / 0)  # predict() turns a picture
-    monkeypatch.setattr(Image.Image, "convert", lambda *_: 1 / 0)
-    with pytest.raises(InputError, match=r"street 0\.jpg: .*division"):
-        read_image(image)
     image.unlink()
     os.mkfifo(image)
     with pytest.raises(InputError, match=r"street 0\.jpg: not a file"):

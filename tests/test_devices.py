@@ -59,19 +59,21 @@ def on_device(*tensors):
     assert {tensor.device for tensor in tensors} == {torch.device("cuda:0")}
 
 
-def test_an_operation_on_two_devices_or_a_value_read_back_fails():
-    image, label = images()
-    with OnCuda():
-        for wrong in (
-            lambda: image + torch.zeros(SIZE, device="cpu"),
-            lambda: image.cpu(),
-            lambda: image.sum().item(),
-            lambda: image[label > 1],
-            lambda: label.unique(),
-            lambda: bool((label > 1).any()),
-        ):
-            with pytest.raises(RuntimeError):  # FakeTensor's exceptions are RuntimeErrors
-                wrong()
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda image: image + torch.zeros(SIZE, device="cpu"),
+        lambda image: image.cpu(),
+        lambda image: image.sum().item(),
+        lambda image: image[image > 0.5],
+        lambda image: image.unique(),
+        lambda image: bool((image > 1).any()),
+    ],
+)
+def test_an_operation_on_two_devices_or_a_value_read_back_fails(wrong):
+    image, _ = images()
+    with OnCuda(), pytest.raises(RuntimeError):  # FakeTensor's exceptions are RuntimeErrors
+        wrong(image)
 
 
 def test_the_teacher_s_update():
