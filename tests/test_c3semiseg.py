@@ -317,16 +317,6 @@ def test_terms_of_equation_7(sets):
     assert not any(value.requires_grad for value in (*details.values(), prob, g_u))
 
 
-def test_warmup_contrasts_student_with_student():
-    student, image, label = Pixels(2), torch.rand(3, 3, 12, 16), torch.randint(4, (3, 12, 16))
-    terms, _ = c3semiseg.warmup_loss(student, image, label, contrast=sampled_contrast())
-    logits, embedding = student(image)
-    expected = naive_sampled_contrast(embedding, embedding, label, logits)
-    assert_close(terms, {"loss_l": F.cross_entropy(logits, label), "loss_c": expected})
-    head = list(student.projection.parameters())  # the gradient reaches both sides
-    assert_close(*(torch.autograd.grad(loss, head) for loss in (terms["loss_c"], expected)))
-
-
 @pytest.mark.parametrize(
     ("batch", "num_classes", "present", "first_class", "groups"),
     [
@@ -370,18 +360,6 @@ def test_network_of_the_paper():
     assert len(backbone["params"]) == 104 and len(heads["params"]) == 12
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     assert not any(norm.training or norm.weight.requires_grad for norm in norms)
-
-
-def test_forward_gives_what_both_heads_give():
-    small = {"layers": (1, 1, 1, 1), "width": 4, "embedding": 6}
-    net = c3semiseg.network(replace(CITYSCAPES, **small), 5, pretrained=True)
-    image = torch.rand(2, 3, 64, 128)
-    features, (logits, embedding) = net.features(image), net(image)
-    assert_close(logits, net.classify(features, (64, 128)))
-    first, _, second = net.projection
-    assert_close(embedding, F.normalize(second(first(features).relu()), dim=1))
-    (gradient,) = torch.autograd.grad(embedding[:, 0].sum(), net.conv1.weight)
-    assert gradient.abs().sum() > 0  # the contrast trains the backbone, too
 
 
 PAPER = {

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from common import InputError
-from common.datasets import open_dataset, select
+from common.datasets import open_dataset
 
 IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 WRITE = {
@@ -111,16 +110,6 @@ def test_flat_cityscapes_holds_train_ids(tmp_path, ending):
     data = open_dataset("cityscapes", root)
     assert data.train.names[0] == "traina_000001_000019" and len(data.val) == 2
     assert np.array_equal(data.train[0][1], raw(one(root, "segmentation/train/*")))
-
-
-def test_published_lists_of_cityscapes_resolve(tmp_path):
-    train = open_dataset("cityscapes", write_cityscapes(tmp_path)).train
-    args = Namespace(labeled_list=tmp_path / "list.txt", supervised=False, checkpoint=None)
-    name = "traina_000003_000019"
-    pair = f"leftImg8bit/train/traina/{name}_leftImg8bit.png gtFine/train/x.png"
-    for line in (f"traina/{name}", name, pair, f"images/train/{name}_leftImg8bit.png"):
-        args.labeled_list.write_text(line)
-        assert select(train, args, batch_size=2) == ([1], [0, 2, 3]), line
 
 
 @pytest.mark.parametrize("given", ["", "VOCdevkit", "VOCdevkit/VOC2012"])

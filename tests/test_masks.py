@@ -19,16 +19,6 @@ import cowmix
 from complexmix import complex_mask
 from cowmix import box_mask, cow_mask
 
-
-def test_mix_takes_a_where_the_mask_is_true():
-    mask = torch.tensor([[[True, False, False], [False, True, False]]])
-    a, b = torch.arange(1, 7).view(1, 2, 3), -torch.arange(1, 7).view(1, 2, 3)
-    expected = torch.tensor([[[1, -2, -3], [-4, 5, -6]]])
-    assert torch.equal(classmix.mix(mask, a, b), expected)
-    a, b, expected = (torch.stack([x, 10 * x], 1).float() for x in (a, b, expected))
-    assert torch.equal(classmix.mix(mask, a, b), expected)
-
-
 # ---- Classes ----
 
 

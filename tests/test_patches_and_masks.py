@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
@@ -107,22 +106,6 @@ def test_numbers_of_a_mask():
         masks.FOLLOWS: 0.5,
         "classes cut": 0.5,
     }
-
-
-def test_masks_have_what_the_papers_say():
-    label = torch.from_numpy(np.kron(np.arange(8).reshape(1, 2, 4), np.ones((1, 64, 64)))).long()
-    generator, rows = torch.Generator().manual_seed(0), {}
-    for name, mask in masks.draw_masks(label, 8, (4, 16), generator).items():
-        rows[name] = masks.measure(mask[0].numpy(), label[0].numpy(), 8)
-    assert rows["ClassMix"][masks.FOLLOWS] == 1 and rows["ClassMix"]["classes cut"] == 0
-    assert rows["ClassMix"]["share of pixels"] == 0.5
-    perimeters = [rows[f"ComplexMix, p = {p}"]["perimeter, of 1000 pixels"] for p in masks.BLOCKS]
-    followed = [rows[f"ComplexMix, p = {p}"][masks.FOLLOWS] for p in masks.BLOCKS]
-    assert perimeters == sorted(perimeters) and followed == sorted(followed, reverse=True)
-    shares = [rows[f"ComplexMix, p = 64{end}"]["share of pixels"] for end in ("", masks.PRESENT)]
-    assert shares[0] == pytest.approx(0.5, abs=0.05) and shares[1] == 0  # half of one class is none
-    coarse, fine = (rows[f"CowMix, sigma = {s}"]["perimeter, of 1000 pixels"] for s in (8, 4))
-    assert fine / coarse == pytest.approx(2, rel=0.2)
 
 
 def test_masks_are_measured_and_drawn(command, tmp_path):

@@ -90,13 +90,11 @@ def test_a_run_leaves_everything_a_user_needs(command, args, tmp_path, monkeypat
 
 def test_tensorboard_gets_what_the_log_gets(command, args, refused, tmp_path, monkeypatch):
     args = (*args, "--tensorboard", "--iterations", 2, "--output-dir", tmp_path / "run")
-    board = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert "tensorboard" in refused(*args) and not (tmp_path / "run").exists()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board := mock.MagicMock())
     command("classmix", *args)
-    board.SummaryWriter.assert_called_once_with(tmp_path / "run")
     calls = [call.args for call in board.SummaryWriter.return_value.add_scalar.call_args_list]
     assert ("student", 100 * read_log(tmp_path / "run")[-1]["student"]["miou"], 2) in calls
     assert {"loss_l", "loss_u", "lambda", "lr", "teacher"} <= {name for name, *_ in calls}
@@ -357,20 +355,18 @@ def test_checkpoints_that_do_not_fit_are_refused(refused, args, trained, folder,
     assert "--width" in refused("--resume", last, "--width", 8)
     assert "does not fit" in refused("--evaluate", last, "--width", 8)
     assert "last.pt exists: " in refused(*args, "--output-dir", trained)
-    good = torch.load(last, weights_only=True)
-    for flag, content, expected in (
-        ("--resume", {**good, "method": "cowmix"}, "cowmix"),
-        ("--resume", {**good, "labeled_names": ["x"]}, "training images"),
-        ("--evaluate", good["state"]["student"], "not a checkpoint"),
-        ("--evaluate", {**good, "recipe": {"old": 1}}, "another version"),
-    ):
-        torch.save(content, other)
-        assert expected in refused(flag, other)
+    content = torch.load(last, weights_only=True)
+    torch.save({**content, "labeled_names": ["x"]}, other)
+    assert "training images" in refused("--resume", other)
+    torch.save(content["state"]["student"], other)
+    assert "not a checkpoint" in refused("--evaluate", other)
 
 
 REMOVED = object()
 BAD_CHECKPOINTS = [
+    ("method", "cowmix", "cowmix"),
     ("palette", REMOVED, "'palette'"),
+    ("recipe", {"old": 1}, "another version"),
     ("iteration", -1, "damaged"),
     ("args/seed", REMOVED, "damaged"),
     ("args/precision", "fp8", "--precision"),
