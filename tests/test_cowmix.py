@@ -42,22 +42,6 @@ def test_pixels_above_the_threshold_are_confident():
     assert shares == pytest.approx([1, 1 / 3, 0])
 
 
-def moved(x=0.0, y=0.0, mirror=1.0):
-    return torch.tensor([[[mirror, 0, x], [0, 1, y], [0, 0, 1]]]).repeat(2, 1, 1)
-
-
-@pytest.mark.parametrize("a", [moved(), moved(x=3, y=1), moved(x=1, mirror=-1.0)])
-@pytest.mark.parametrize("b", [moved(), moved(x=3), moved(x=-2, y=3)])
-def test_predictions_are_aligned(a, b):
-    """A network of single pixels is consistent wherever both see the same place."""
-    image, network = torch.rand(2, 3, 9, 12, generator=generator(5)), small_network(0)
-    how = (nn.Identity(), GREY, torch.ones(2, 9, 12, dtype=torch.bool), 0.9)
-    loss, details = cowmix.aug_loss(network, network, image, a, b, *how)
-    assert loss < 1e-10 and 0.1 < details["confident"] < 0.9
-    loss, details = cowmix.aug_loss(network, network, image, a, moved(x=50), *how)
-    assert loss == 0 and details["confident"] == 0  # nothing is seen by both
-
-
 AFFINE = {"flip": 0.5, "translation": 4.0, "scaling": (0.8, 1.25), "rotation": 15.0}
 
 
