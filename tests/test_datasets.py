@@ -52,8 +52,7 @@ def test_class_names_are_text_without_control_characters(folder):
         path.write_bytes("röad\r\n\r\n car x\nsky".encode(code))
         assert open_dataset("folder", folder).class_names == ("röad", "car x", "sky")
     names = ("ro\x0cad\ncar", "ro\u2028ad\ncar", "ro\x85ad\ncar", "car\nroad\ncar")
-    contents = [name.encode() for name in names] + ["a\nb".encode("utf-16-le"), b"r\xf6ad\ncar"]
-    for content in contents:
+    for content in (*map(str.encode, names), "a\nb".encode("utf-16-le"), b"r\xf6ad\ncar"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"classes\.txt: .*(control|car is listed twice)"):
             open_dataset("folder", folder)

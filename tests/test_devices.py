@@ -84,14 +84,9 @@ def test_the_teacher_s_update():
         on_device(*teacher.state_dict().values())
 
 
-@pytest.mark.parametrize(
-    ("mask", "kind", "weighting"),
-    [
-        ("class", "cross-entropy", "fraction"),
-        ("cow", "soft-cross-entropy", "pixel"),
-        ("cut", "squared-error", "ramp"),
-    ],
-)
+@pytest.mark.parametrize("mask", ["class", "cow", "cut"])
+@pytest.mark.parametrize("kind", ["cross-entropy", "soft-cross-entropy", "squared-error"])
+@pytest.mark.parametrize("weighting", ["fraction", "pixel", "ramp"])
 def test_classmix(mask, kind, weighting):
     (student, teacher), (image, label) = networks(classmix), images()
     make_mask = partial(classmix.make_mask, classmix.Recipe(mask=mask), CLASSES, None)
@@ -143,11 +138,9 @@ def test_c3semiseg():
         confident = regions.update(confidence, pseudo_label)
         unlabeled = image, prob, pseudo_label.masked_fill(~confident, 255), embedding
         pairs = torch.randperm(8), c3semiseg.box_mask(4, SIZE)
+        given = (student, (image, label), unlabeled, *pairs)
         for sets in ("both", "labeled", "unlabeled"):
-            options = {"contrast": contrast, "sets": sets}
-            terms, details = c3semiseg.c3_loss(
-                student, (image, label), unlabeled, *pairs, **options
-            )
+            terms, details = c3semiseg.c3_loss(*given, contrast=contrast, sets=sets)
             on_device(*terms.values(), *details.values())
         terms, details = c3semiseg.warmup_loss(student, image, label, contrast=contrast)
         on_device(*terms.values(), *details.values())

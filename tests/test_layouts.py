@@ -81,17 +81,6 @@ def test_cityscapes_prefers_train_ids_if_every_image_has_them(tmp_path):
     assert label.tolist() == train_ids(str(path).replace("TrainIds", "Ids"))
 
 
-def test_cityscapes_folders_may_be_links_and_hold_other_files(tmp_path):
-    root = write_cityscapes(tmp_path / "given", parents=False)
-    for k, folder in enumerate(("gtFine/train", "gtFine/val/vala", "leftImg8bit/train/trainb")):
-        shutil.move(root / folder, tmp_path / str(k))
-        (root / folder).symlink_to(tmp_path / str(k))
-    image = one(root, "traina*_leftImg8bit.png")
-    shutil.copy(image, image.with_name("preview.png"))
-    data = open_dataset("cityscapes", root)
-    assert len(data.train) == 4 and data.val[0][1].tolist() == train_ids(data.val.files[0][1])
-
-
 @pytest.mark.parametrize("ending", ["_leftImg8bit", ""])
 def test_flat_cityscapes_holds_train_ids(tmp_path, ending):
     official = open_dataset("cityscapes", write_cityscapes(tmp_path / "official"))

@@ -468,7 +468,6 @@ BAD_FLAGS = """
 --labeled 3 --labeled-list nowhere.txt | not allowed with
 --batch-size 1 | --batch-size 1: each micro-batch needs 2 images
 --warmup 9 | 1 iterations, but 9 of them are warm-up
---scale-range 0.5 2 | --scale-range: needs --crop
 --scale-range 1.5 0.5 | --scale-range: 1.5 is above 0.5
 --nesterov --momentum 0 | --nesterov: needs
 --colour | --colour
