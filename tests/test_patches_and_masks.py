@@ -70,14 +70,14 @@ def test_nearest_patches_equal_a_search():
     queries = [(0, *study.draw_query(image, label, side, np.random.default_rng(k))) for k in (0, 1)]
     other, classes = scene(3)
     found = study.nearest(queries, other, classes, side)
+    places = list(product(range(2, 12), range(2, 15)))
     for query, distances in zip(queries, found, strict=True):
-        patches = [patch(image, y, x, side) for y, x in product(range(2, 12), range(2, 15))]
+        patches = [patch(image, y, x, side) for y, x in places]
         mine = min(patches, key=lambda p, q=query: abs(np.square(p - 0.5).sum() - q[3]))  # Q . Q
         best = {True: np.inf, False: np.inf}
-        for y, x in product(range(2, 12), range(2, 15)):
-            if classes[y, x] != 255:
-                kind = bool(classes[y, x] == query[1])
-                best[kind] = min(best[kind], np.linalg.norm(patch(other, y, x, side) - mine))
+        for y, x in (place for place in places if classes[place] != 255):
+            kind = bool(classes[y, x] == query[1])
+            best[kind] = min(best[kind], np.linalg.norm(patch(other, y, x, side) - mine))
         np.testing.assert_allclose(distances, [best[True], best[False]], rtol=1e-4)
         assert study.nearest([query], image, label, side)[0, 0] < 1e-2  # finds itself
     void = np.full_like(label, 255)

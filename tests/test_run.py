@@ -502,13 +502,12 @@ def test_bad_flags_are_one_line(refused, args, tmp_path, monkeypatch, line):
 @pytest.mark.parametrize("compiler", [True, False])
 @pytest.mark.parametrize(("capability", "bf16"), [((9, 0), True), ((6, 1), False)])
 def test_networks_are_compiled_and_bf16_where_they_can_be(monkeypatch, compiler, capability, bf16):
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: mock.MagicMock())
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch, "zeros", mock.MagicMock())
+    cuda = {"is_available": True, "is_bf16_supported": bf16, "get_device_capability": capability}
+    for name, value in {**cuda, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, mock.Mock(return_value=value))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     _, args = parse("--iterations", "5000")
     assert args.device == torch.device("cuda:0") and args.compile == (compiler and bf16)
     assert not parse("--iterations", "4999")[1].compile  # compiling takes longer than it saves
