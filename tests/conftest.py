@@ -27,7 +27,7 @@ TINY = """--dataset camvid --labeled 4 --size 24 32 --weights none --layers 1 1 
 --batch-size 4 --workers 0 --aspp-rates 1 2 --lr 1e-3"""
 OWN = {
     "classmix": "--warmup 2 --confidence-threshold 0.2 --extra-augmentations --flip",
-    "complexmix": "--warmup 2 --confidence-threshold 0.2",
+    "complexmix": "--warmup 2 --confidence-threshold 0.21",
     "cowmix": "--confidence-threshold 0.1 --network deeplab --lr-power 0.9",
     "c3semiseg": "--warmup 2 --per-class 3 --consistency-ramp 2 --initial-threshold 0.15",
 }
