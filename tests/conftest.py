@@ -27,10 +27,14 @@ TINY = """--dataset camvid --labeled 4 --size 24 32 --weights none --layers 1 1 
 --batch-size 4 --workers 0 --aspp-rates 1 2 --lr 1e-3"""
 OWN = {
     "classmix": "--warmup 2 --confidence-threshold 0.2 --extra-augmentations --flip",
-    "complexmix": "--warmup 2 --confidence-threshold 0.2",
+    "complexmix": "--warmup 2 --confidence-threshold 0.21",
     "cowmix": "--confidence-threshold 0.1 --network deeplab --lr-power 0.9",
     "c3semiseg": "--warmup 2 --per-class 3 --consistency-ramp 2 --initial-threshold 0.15",
 }
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def tiny(method: str, camvid: Path) -> tuple[str, ...]:
@@ -153,16 +157,15 @@ def publish(monkeypatch, name: str, **counts: int):
 
 def write_cityscapes(root: Path, train=4, val=2, size=(48, 96), kinds=("labelIds",), parents=True):
     """Official folders, alternating between two cities; parents: below those of the archives."""
-    for part, count in (("train", train), ("val", val)):
-        for k in range(count):
-            city = f"{part}{'ba'[k % 2]}"
-            name = f"{part}/{city}/{city}_{k:06d}_000019"
-            above = [f"{kind}_trainvaltest/" * parents for kind in ("leftImg8bit", "gtFine")]
-            image = root / f"{above[0]}leftImg8bit/{name}_leftImg8bit.png"
-            for kind in kinds:
-                label = root / f"{above[1]}gtFine/{name}_gtFine_{kind}.png"
-                write_pair(image, label, size, {"labelIds": 34, "labelTrainIds": 19}[kind], seed=k)
-                Image.new("RGBA", size[::-1]).save(str(label).replace(kind, "color"))
+    above = [f"{name}_trainvaltest/" * parents for name in ("leftImg8bit", "gtFine")]
+    for part, k in [("train", k) for k in range(train)] + [("val", k) for k in range(val)]:
+        city = f"{part}{'ba'[k % 2]}"
+        name = f"{part}/{city}/{city}_{k:06d}_000019"
+        image = root / f"{above[0]}leftImg8bit/{name}_leftImg8bit.png"
+        for kind in kinds:
+            label = root / f"{above[1]}gtFine/{name}_gtFine_{kind}.png"
+            write_pair(image, label, size, 34 if kind == "labelIds" else 19, seed=k)
+            Image.new("RGBA", size[::-1]).save(str(label).replace(kind, "color"))
     return root
 
 
@@ -193,13 +196,12 @@ def write_sbd(voc: Path, cls: Path, numbers, size=(40, 60)):
         savemat(cls / f"{name}.mat", {"GTcls": {"Segmentation": label, "Boundaries": [1]}})
 
 
-def write_bdd100k(root: Path, train=4, val=2, *, old=False, size=(36, 64)):
+def write_bdd100k(root: Path, train=4, val=2, *, old=False):
     """images/10k and labels/sem_seg/masks, or the old layout."""
     images, labels = ("images", "labels") if old else ("images/10k", "labels/sem_seg/masks")
-    for part, count in (("train", train), ("val", val)):
-        for k in range(count):
-            label = root / labels / part / f"{part}-{k}{'_train_id' * old}.png"
-            write_pair(root / images / part / f"{part}-{k}.jpg", label, size, 19, seed=k)
+    for part, k in [("train", k) for k in range(train)] + [("val", k) for k in range(val)]:
+        label = root / labels / part / f"{part}-{k}{'_train_id' * old}.png"
+        write_pair(root / images / part / f"{part}-{k}.jpg", label, (36, 64), 19, seed=k)
     return root
 
 

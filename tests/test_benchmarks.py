@@ -5,9 +5,9 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from conftest import METHODS, ROOT
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
@@ -37,12 +37,7 @@ def test_the_dry_run_measures_recipes(tmp_path):
 def test_first_step_counts_each_method(command):
     status, out, _ = command("first_step")
     header, *rows = map(str.split, out.splitlines())
-    assert status == 0 and [row[0] for row in rows] == [
-        "classmix",
-        "complexmix",
-        "cowmix",
-        "c3semiseg",
-    ]
+    assert status == 0 and [row[0] for row in rows] == [*METHODS]
     for row in rows:
         values = dict(zip(header, map(float, row[1:]), strict=True))
         assert 0 < values["files"] <= values["functions"] < values["executed"] < values["lines"]

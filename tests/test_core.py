@@ -3,7 +3,7 @@
 import ast
 import builtins
 import inspect
-import itertools
+import json
 import signal
 import symtable
 import sys
@@ -11,10 +11,19 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, finish, read_log, same_state, start, stopping_train, tiny
-from torch import nn
+from conftest import (
+    METHODS,
+    ROOT,
+    finish,
+    read_log,
+    record,
+    same_state,
+    start,
+    stopping_train,
+    tiny,
+)
 
-from common import flags, ranks, run
+from common import InputError, flags, ranks, run
 from common.deeplab import DeepLabV2
 
 
@@ -75,8 +84,8 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
         def look(self):
             for name, seen in (("student", students), ("teacher", teachers)):
                 named = self.state[name].named_parameters()  # C3 drops its projection at the end
-                kept = [weight for name, weight in named if "projection" not in name]
-                seen.append(nn.utils.parameters_to_vector(kept).detach())
+                kept = [w.detach().flatten() for name, w in named if "projection" not in name]
+                seen.append(torch.cat(kept))
             rates.append(self.state["optimizer"].param_groups[0]["lr"])
 
         def restore(self):
@@ -100,7 +109,10 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
     preset = getattr(module, "preset", None)
     recipe, args = flags.parse_args(method, module.__doc__, module.RECIPES, preset, argv)
     module.train(recipe, args, make_session=Watching)
-    assert steps == [*range(6)] and (tmp_path / "run/result.json").exists()
+    headline = "teacher" if method == "cowmix" else "student"
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert steps == [*range(6)] and result["headline"] == headline
+    assert torch.load(tmp_path / "run/last.pt")["miou"] == result[headline]["miou"]
     assert len(drawn) == (3 if method == "cowmix" else 2) and all(drawn.values())
     assert rates == pytest.approx([rates[0] * (1 - k / 6) ** recipe.lr_power for k in range(7)])
     for k in range(6):
@@ -110,9 +122,73 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
         torch.testing.assert_close(teachers[k + 1], expected)
 
 
-def test_seeds_differ_in_everything_they_depend_on():
-    numbers = itertools.product(range(3), range(3), range(3), ("mask", "augment", "mask 2"))
-    assert len({ranks.step_seed(*each) for each in numbers}) == 81
+@pytest.mark.parametrize("method", ["classmix", "complexmix"])
+def test_the_teacher_takes_the_student_s_statistics(method, camvid):
+    state = record(method, *tiny(method, camvid), "--iterations", 4).state
+    assert all(map(torch.equal, state["student"].buffers(), state["teacher"].buffers()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_in_a_run_is_drawn_twice_with_one_seed(method, camvid, monkeypatch):
+    drawn, step_seed = [], ranks.step_seed
+    monkeypatch.setattr(ranks, "step_seed", lambda *of: drawn.append(step_seed(*of)) or drawn[-1])
+    record(method, *tiny(method, camvid), "--accumulate", 2, "--iterations", 5)
+    assert len(drawn) >= 3 * 2 and len(set(drawn)) == len(drawn)
+
+
+# Every one of these changes what a tiny run learns.
+SHARED = """--seed 1 | --split-seed 2 | --supervised | --size 32 32 | --crop 16 24 | --batch-size 2
+--iterations 6 | --lr 0.004 | --lr-power 2 | --ema-decay 0.1 | --layers 1 2 1 1 | --width 6
+--aspp-rates 2 3"""
+SGD = """--warmup 1 | --optimizer adam | --momentum 0.5 | --nesterov | --weight-decay 0.1
+--head-factor 2 | --mean 10 20 30 | --scale-range 0.5 1.5 --crop 24 32 | --no-flip
+--weighting pixel | --weight-scope sample | --confidence-threshold 0.12"""
+CHANGES = {
+    "classmix": f"""{SGD} | --mask cow | --mask cut | --mask cow --sigma-range 2 3
+--weighting ramp | --weighting ramp --ramp-iterations 3 | --weighting constant
+--unlabeled-loss soft-cross-entropy | --unlabeled-loss squared-error | --no-extra-augmentations""",
+    "complexmix": f"{SGD} | --blocks 2 3 | --classes present | --unlabeled-weight 0.5",
+    "cowmix": """--network unet | --flip | --head-factor 3 | --consistency-weight 3
+--confidence-threshold 0.12 | --sigma-range 8 8 | --p-range 0.1 0.1 | --color-jitter
+--scale-range 0.5 1.5 --crop 24 32 | --perturbation cowout | --perturbation cutmix
+--perturbation cutout | --perturbation cutout --color-jitter | --perturbation ict
+--perturbation ict --ict-alpha 5 | --perturbation aug | --perturbation aug --supervised
+--perturbation aug --flip-probability 1 | --perturbation aug --translation 20
+--perturbation aug --scaling 0.5 0.5 | --perturbation aug --rotation 90
+--perturbation aug --brightness 0.5 | --perturbation aug --contrast 2""",
+    "c3semiseg": """--mixing intra | --mixing none | --teacher-view strong | --student-view weak
+--student-view jitter | --jitter 0.1 | --hue 0 | --operations 1 | --operation-probability 0.9
+--magnitude 1 | --consistency-weight 5 | --consistency-ramp 9 | --contrast-weight 3
+--contrast-ramp 60 | --contrast labeled | --contrast unlabeled | --contrast none
+--no-contrast-road | --per-class 5 | --no-hard-sampling | --temperature 0.5 | --embedding 5
+--keep 0.3 | --keep 1 | --threshold-momentum 0.1 | --initial-threshold 0.25 | --rotation 0
+--no-flip | --group-size 2 | --scales 0.75 1.25 --crop 24 32 | --ema-warm-start | --warmup 1
+--backbone-factor 0.1 | --no-warmup-contrast""",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_of_a_recipe_changes_the_run(method, camvid):
+    flags = f"{SHARED} | {CHANGES[method]}".replace("\n", " | ").split(" | ")
+    named = {word[2:].removeprefix("no-").replace("-", "_") for word in " ".join(flags).split()}
+    assert named >= set(import_module(method).Recipe.__dataclass_fields__)
+    ends = {}
+    for text in ("", *flags):
+        argv = (*tiny(method, camvid), "--size", 48, 64, "--iterations", 5, *text.split())
+        student = record(method, *argv).state["student"].state_dict()
+        end = torch.cat([value.flatten().double() for value in student.values()])
+        assert end.isfinite().all()
+        ends.setdefault(end.numpy().tobytes(), []).append(text)
+    assert [texts for texts in ends.values() if len(texts) > 1] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_that_do_not_go_together_are_refused(method, camvid):
+    scales = "--scales" if method == "c3semiseg" else "--scale-range"
+    refused = (("--accumulate", 3), "--batch-size 4"), ((scales, 0.5, 1.5), f"{scales}: .*--crop")
+    for argv, expected in refused:
+        with pytest.raises(InputError, match=expected):
+            record(method, *tiny(method, camvid), "--iterations", 5, *argv)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models import ResNet, ResNet101_Weights
 from torchvision.models.resnet import Bottleneck
@@ -24,10 +23,6 @@ from weight_formats import SHAPE, contents, published, randomize, rename
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of the published weights, 0-255
 LAYERS = SHAPE["layers"]
-SHAPES = [  # of an image, after conv1, after the max-pool, at the end
-    ((321, 321), (161, 161), (81, 81), (41, 41)),
-    ((512, 1024), (256, 512), (129, 257), (65, 129)),
-]
 STATISTICS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # RGB
 
 CONTENTS = contents(5)
@@ -45,44 +40,23 @@ def small(num_classes=5, **options):
     return DeepLabV2(num_classes, **SHAPE | options)
 
 
-@pytest.fixture(scope="module")
-def resnet101():
+def test_shapes_and_parameters_of_the_paper_s_network():
     with torch.device("meta"):
-        return DeepLabV2(19)
-
-
-@pytest.mark.parametrize(("size", "stem", "pool", "last"), SHAPES)
-def test_shapes(resnet101, size, stem, pool, last):
-    image = torch.empty(2, 3, *size, device="meta")
-    x = resnet101.conv1(image)
-    assert x.shape[2:] == stem and resnet101.maxpool(x).shape[2:] == pool
-    assert resnet101.layer1(resnet101.maxpool(x)).shape == (2, 256, *pool)
-    features = resnet101.features(image)
-    assert features.shape == (2, 2048, *last)
-    assert resnet101.classify(features, size).shape == resnet101(image).shape == (2, 19, *size)
-
-
-def count(parameters):
-    return sum(p.numel() for p in parameters)
-
-
-def test_parameter_counts(resnet101):
-    assert count(resnet101.parameters()) == 43_901_068
-    assert count(p for p in resnet101.parameters() if p.requires_grad) == 43_795_724
-    assert resnet101.feature_channels == 2048 and small().feature_channels == 128
-    with torch.device("meta"):
-        two, affine = DeepLabV2(19, rates=(6, 12)), DeepLabV2(19, train_affine=True)
-    assert count(two.classifiers.parameters()) == 700_454
-    assert count(p for p in affine.parameters() if p.requires_grad) == 43_901_068
+        net, affine = DeepLabV2(19), DeepLabV2(19, rates=(6, 12), train_affine=True)
+        image = torch.empty(2, 3, 321, 513)
+    assert net.features(image).shape == (2, 2048, 41, 65) and net.feature_channels == 2048
+    assert net(image).shape == (2, 19, 321, 513)
+    sizes = {p.requires_grad: 0 for p in net.parameters()}
+    for parameter in net.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    assert sizes == {True: 43_795_724, False: 105_344}
+    assert sum(p.numel() for p in affine.classifiers.parameters()) == 700_454
+    assert all(p.requires_grad for p in affine.parameters())
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "batch"])
 def test_batch_norm_modes(batch_norm):
-    net = small(batch_norm=batch_norm, rates=(1,))
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    for _ in range(2):
-        assert net.training and {m.training for m in norms} == {batch_norm == "batch"}
-        net.eval().train()
+    net = small(batch_norm=batch_norm, rates=(1,)).eval().train()
     before = {name: b.clone() for name, b in net.named_buffers()}
     net(torch.rand(2, 3, 33, 33))
     moved = {name for name, b in net.named_buffers() if not torch.equal(b, before[name])}
@@ -91,10 +65,8 @@ def test_batch_norm_modes(batch_norm):
         small(batch_norm="sync")
 
 
-def test_normalize_and_float32_logits():
+def test_logits_are_float32():
     net, image = small(), torch.rand(1, 3, 17, 24)
-    torch.testing.assert_close(net.normalize(image), (image - STATISTICS[0]) / STATISTICS[1])
-    torch.testing.assert_close(net.classify(net.features(image), (17, 24)), net(image))
     with torch.autocast("cpu", torch.bfloat16):
         assert net.features(image).dtype == torch.bfloat16 and net(image).dtype == torch.float32
 
@@ -104,24 +76,16 @@ def test_parameter_groups(train_affine):
     net = small(train_affine=train_affine)
     trunk, head = net.parameter_groups(0.1, 10)
     assert (trunk["lr"], head["lr"]) == (0.1, 1.0)
-    assert set(head["params"]) == set(net.classifiers.parameters())
-    grouped = map(id, trunk["params"] + head["params"])  # each once
-    assert sorted(grouped) == sorted(id(p) for p in net.parameters() if p.requires_grad)
+    assert head["params"] == [*net.classifiers.parameters()]
+    assert trunk["params"] + head["params"] == [p for p in net.parameters() if p.requires_grad]
 
 
-def test_load_torchvision_weights(monkeypatch):
-    """Up to layer1 the network is torchvision's."""
-    own, model = ResNet(Bottleneck, list(LAYERS)).eval(), small(width=64)
-    state = randomize(own.state_dict())
+def test_imagenet_weights_are_torchvision_s(monkeypatch):
+    state = ResNet(Bottleneck, list(LAYERS)).state_dict()
     api = mock.Mock(return_value=state)
     monkeypatch.setattr(ResNet101_Weights, "get_state_dict", api)
-    report = load_weights(model, "imagenet")
-    assert api.call_args.kwargs["check_hash"]
-    image, outputs = torch.rand(2, 3, 33, 65), []  # of a size where ceil_mode does not matter
-    x = (image - STATISTICS[0]) / STATISTICS[1]
-    for net, y in ((own, x), (model.eval(), model.normalize(image))):
-        outputs.append(net.layer1(net.maxpool(net.bn1(net.conv1(y)).relu())))
-    assert torch.equal(*outputs)
+    report = load_weights(small(width=64), "imagenet")
+    assert api.call_args.kwargs["check_hash"] and report.missing == HEAD
     assert "classifiers.0.weight" in str(report) and "fc.weight" in str(report)
 
 
@@ -135,48 +99,11 @@ def test_imagenet_weights_without_network(error, monkeypatch):
     assert_same(model.state_dict(), small().state_dict())
 
 
-def published_forward(state, image):
-    """Features and logits of the published network, all four branches, fed with BGR, 0-255."""
-
-    def conv(x, name, **options):
-        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **options)
-
-    def norm(x, name):
-        parts = ("running_mean", "running_var", "weight", "bias")
-        return F.batch_norm(x, *(state[f"{name}.{part}"] for part in parts))
-
-    x = 255 * image.flip(1) - torch.tensor(BGR_MEAN).view(3, 1, 1)
-    x = norm(conv(x, "conv1", stride=2, padding=3), "bn1").relu()
-    x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
-    plan = zip(range(1, 5), LAYERS, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)
-    for stage, blocks, stride, d in plan:
-        for k in range(blocks):
-            name, stride = f"layer{stage}.{k}", stride if k == 0 else 1
-            y = norm(conv(x, f"{name}.conv1", stride=stride), f"{name}.bn1").relu()
-            y = norm(conv(y, f"{name}.conv2", padding=d, dilation=d), f"{name}.bn2").relu()
-            y = norm(conv(y, f"{name}.conv3"), f"{name}.bn3")
-            if k == 0:
-                x = norm(conv(x, f"{name}.downsample.0", stride=stride), f"{name}.downsample.1")
-            x = (x + y).relu()
-    branches = enumerate((6, 12, 18, 24))
-    y = sum(conv(x, f"layer5.conv2d_list.{k}", padding=r, dilation=r) for k, r in branches)
-    return x, F.interpolate(y, image.shape[2:], mode="bilinear", align_corners=True)
-
-
 def load(content, path, **options):
     """A small network with these weights, and the report."""
     torch.save(content, path)
     model = small(**options)
     return model, load_weights(model, path)
-
-
-def test_load_published_weights(tmp_path):
-    """The network computes what the published one computes on BGR, 0-255."""
-    state, image = published(5), torch.rand(2, 3, 200, 232)
-    model, _ = load(state, tmp_path / "coco.pth")
-    features, logits = published_forward(state, image)
-    torch.testing.assert_close(model.eval().features(image), features, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
 
 
 BGR = (torch.tensor(BGR_MEAN).flip(0) / 255, torch.full((3,), 1 / 255))
@@ -224,15 +151,13 @@ def test_student_before_teacher(student, teacher, tmp_path):
     states = {teacher: published(5, seed=1)} | ({student: published(5)} if student else {})
     model, report = load(states, tmp_path / "weights.pth")
     assert_same(model.bn1.running_var, published(5, seed=0 if student else 1)["bn1.running_var"])
-    assert f"its {student or teacher}" in str(report) and f"{len(report.matched)} t" in str(report)
+    assert f"its {student or teacher}" in str(report)
 
 
 @pytest.mark.parametrize("headline", ["student", "teacher"])
 def test_checkpoint_gives_its_headline_network(headline, tmp_path):
-    networks = {"student": small(), "teacher": small()}
-    networks[headline].mean.fill_(0.3)
-    randomize(networks[headline].state_dict())
-    states = {name: network.state_dict() for name, network in networks.items()}
+    states = {name: small().state_dict() for name in ("student", "teacher")}
+    randomize(states[headline])["mean"].fill_(0.3)
     checkpoint = {"state": {"optimizer": {"state": {}}} | states, "headline": headline}
     model, report = load(checkpoint, tmp_path / "last.pt")
     assert report.missing == report.unused == [] and f"its {headline}" in report.format
@@ -258,8 +183,6 @@ WRONG = [
     (without(small().state_dict(), "std"), "does not fit.*std"),
     (without(published(5), "conv1.weight"), "does not fit.*conv1.weight"),
     (CONTENTS["deep stem (v1c)"], "deep-stem"),
-    ({"module.backbone.stem.0.weight": STEM}, "deep-stem"),
-    ({"conv1.weight": STEM}, "conv1.weight"),
     ({"conv1.weight": torch.zeros(4, 3, 7, 7), "layer1.0.conv1.weight": STEM}, "fit.*bn1.w"),
     (CONTENTS["foreign"], "encoder.weight"),
 ]

@@ -37,14 +37,13 @@ def test_buffers(buffers, share):
         old, new = getattr(before[1], name), getattr(student[1], name)
         torch.testing.assert_close(getattr(teacher[1], name), (1 - share) * old + share * new)
     assert teacher[1].num_batches_tracked == (1 if buffers == "keep" else 7)
-    with pytest.raises(ValueError, match="'copy', 'average' or 'keep', not 'both'"):
+    with pytest.raises(ValueError, match="both"):
         update_teacher(teacher, student, decay=0.75, buffers="both")
 
 
 @pytest.mark.parametrize("train_mode", [True, False])
 def test_teacher_is_a_detached_copy(train_mode):
-    student = network()
-    student.train(not train_mode)
+    student = network().train(not train_mode)
     teacher = make_teacher(student, train_mode=train_mode)
     assert all(module.training == train_mode for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -52,5 +51,3 @@ def test_teacher_is_a_detached_copy(train_mode):
     torch.testing.assert_close(teacher.state_dict(), student.state_dict(), rtol=0, atol=0)
     own, theirs = ({t.data_ptr() for t in n.state_dict().values()} for n in (teacher, student))
     assert not own & theirs
-    update_teacher(teacher, student, decay=0.5, buffers="copy")
-    assert not any(p.requires_grad for p in teacher.parameters())

@@ -148,7 +148,8 @@ class Replay:
         self.recipe, self.state = recipe, state
         state["optimizer"].register_step_pre_hook(lambda *_: self.before_step())
         # Training changes these tensors in place, and c3semiseg.py drops the projection heads last.
-        self.networks = {name: state[name].state_dict() for name in ("student", "teacher")}
+        kept = {"keep_vars": True}  # their memory may still move
+        self.networks = {k: state[k].state_dict(**kept) for k in ("student", "teacher")}
         return self
 
     def restore(self) -> int:

@@ -110,19 +110,17 @@ def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(camvid, tmp_path):
     assert [entry["iteration"] for entry in losses(folder)] == list(range(10, 81, 10))
 
 
-def test_micro_batches_of_all_ranks(monkeypatch):
+def test_micro_batches_of_all_ranks_share_a_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
 
     def check(*argv):
         classmix.check(*flags.parse_args("classmix", "", classmix.RECIPES, argv=argv))
 
     check("--batch-size", "4")
     check("--batch-size", "2", "--supervised")
-    with pytest.raises(InputError, match="--batch-size 2: each micro-batch needs 2 images"):
-        check("--batch-size", "2")
-    with pytest.raises(InputError, match="--batch-size 6: cannot be split into 4 micro-batches"):
-        check("--batch-size", "6", "--accumulate", "2")
+    for argv in (("--batch-size", "2"), ("--batch-size", "6", "--accumulate", "2")):
+        with pytest.raises(InputError, match="--batch-size"):
+            check(*argv)
 
 
 def test_ranks_that_found_different_checkpoints_are_refused(command, camvid, tmp_path, monkeypatch):

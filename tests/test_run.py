@@ -66,8 +66,7 @@ def test_a_run_leaves_everything_a_user_needs(command, args, tmp_path, monkeypat
     steps = ("--iterations", 60, "--eval-every", 25, "--save-every", 99, "--output-dir", out)
     status, printed, errors = command("classmix", *args, *steps)
     assert (status, errors) == (0, "") and "3 labeled and 5 unlabeled of 8" in printed
-    for word in ("loss_l", "loss_u", "lambda", "steps/s", "left", "pedestrian", "student"):
-        assert word in printed
+    assert "lambda" in printed and "steps/s" in printed and "pedestrian" in printed
     names = (out / "split.txt").read_text().split()
     assert names == [f"{k:03d}" for k in sorted(np.random.RandomState(0).permutation(8)[:3])]
     config = json.loads((out / "config.json").read_text())
@@ -90,44 +89,14 @@ def test_a_run_leaves_everything_a_user_needs(command, args, tmp_path, monkeypat
 
 def test_tensorboard_gets_what_the_log_gets(command, args, refused, tmp_path, monkeypatch):
     args = (*args, "--tensorboard", "--iterations", 2, "--output-dir", tmp_path / "run")
-    board = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert "tensorboard" in refused(*args) and not (tmp_path / "run").exists()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board := mock.MagicMock())
     command("classmix", *args)
-    board.SummaryWriter.assert_called_once_with(tmp_path / "run")
     calls = [call.args for call in board.SummaryWriter.return_value.add_scalar.call_args_list]
     assert ("student", 100 * read_log(tmp_path / "run")[-1]["student"]["miou"], 2) in calls
     assert {"loss_l", "loss_u", "lambda", "lr", "teacher"} <= {name for name, *_ in calls}
-
-
-FLAGS_OF_A_STEP = """
---seed 1 | --split-seed 2 | --supervised | --size 32 32 | --crop 16 24 | --flip
---batch-size 4 | --warmup 2 | --optimizer sgd | --lr 0.04 | --head-factor 2 | --lr-power 1
---optimizer sgd --momentum 0.5 | --optimizer sgd --nesterov | --weight-decay 0.1 | --mask cow
---mask cut | --mask cow --sigma-range 2 3 | --weighting pixel | --weighting ramp
---weighting ramp --ramp-iterations 3 | --weighting constant | --weight-scope sample
---confidence-threshold 0.35 | --unlabeled-loss soft-cross-entropy | --unlabeled-loss squared-error
---extra-augmentations | --scale-range 0.5 1.5 --crop 24 32 | --mean 10 20 30
---ema-decay 0.1 | --supervised --ema-decay 0.1
-"""
-
-
-def test_every_flag_of_classmix_reaches_the_step(command, args, tmp_path):
-    """No two of these runs end with the same networks, but for the student of the last one."""
-    ends = {name: {} for name in NETWORKS}
-    steps = ("--iterations", 4, "--warmup", 1, "--no-flip", "--confidence-threshold", 0.4)
-    texts = ["", *FLAGS_OF_A_STEP.strip().replace("\n", " | ").split(" | ")]
-    for text in texts:
-        out = tmp_path / (text or "plain").replace(" ", "_")
-        status, _, errors = command("classmix", *args, *steps, "--output-dir", out, *text.split())
-        assert (status, errors) == (0, ""), text
-        for name in NETWORKS:
-            weights = [tensor.flatten().double() for tensor in read_state(out)[name].values()]
-            ends[name][text] = torch.cat(weights).numpy().tobytes()
-    assert ends["student"].pop(texts[-1]) == ends["student"]["--supervised"]  # no teacher's labels
-    assert [len(set(values.values())) for values in ends.values()] == [len(texts) - 1, len(texts)]
 
 
 # ---- Signals and errors ----
@@ -346,13 +315,11 @@ def test_resized_images_of_any_size_need_no_crop():
         assert (recipe.crop, recipe.scale_range) == (crop, scale_range)
 
 
-def test_help_names_every_flag_and_the_presets(command):
+def test_help_names_every_flag(command):
     status, printed, errors = command("classmix", "--help")
-    text = " ".join(printed.split())
-    assert (status, errors) == (0, "") and "ClassMix" in text
-    for field in classmix.RECIPES["streets"].__dataclass_fields__:
-        assert re.search(f"--{field.replace('_', '-')}[ ,]", text)
-    assert "folder: 0.00025, streets: 0.006, small: 0.006]" in text and "[default: 0.9]" in text
+    assert (status, errors) == (0, "") and "ClassMix" in printed
+    for field in classmix.Recipe.__dataclass_fields__:
+        assert re.search(f"--{field.replace('_', '-')}[ ,]", printed)
 
 
 def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
@@ -372,9 +339,8 @@ def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
     (tmp_path / "list.txt").unlink()
     before = (other / "last.pt").read_bytes()
     resume = ("--resume", out / "last.pt", "--workers", 0, "--output-dir")
-    assert (
-        "last.pt exists: " in refused(*resume, other) and (other / "last.pt").read_bytes() == before
-    )
+    assert "last.pt exists: " in refused(*resume, other)
+    assert (other / "last.pt").read_bytes() == before
     assert command("classmix", *resume, moved)[0] == 0
     assert (moved / "split.txt").read_text() == "001\n004\n006\n"
     assert (moved / "config.json").exists() and (moved / "result.json").exists()
@@ -383,26 +349,23 @@ def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
 
 def test_checkpoints_that_do_not_fit_are_refused(refused, args, trained, folder, tmp_path):
     last, other = trained / "last.pt", tmp_path / "other.pt"
-    assert "other classes" in refused(
-        "--evaluate", last, "--dataset", "folder", "--data-dir", folder
-    )
+    other_data = ("--dataset", "folder", "--data-dir", folder)
+    assert "other classes" in refused("--evaluate", last, *other_data)
     assert "--width" in refused("--resume", last, "--width", 8)
     assert "does not fit" in refused("--evaluate", last, "--width", 8)
     assert "last.pt exists: " in refused(*args, "--output-dir", trained)
-    good = torch.load(last, weights_only=True)
-    for flag, content, expected in (
-        ("--resume", {**good, "method": "cowmix"}, "cowmix"),
-        ("--resume", {**good, "labeled_names": ["x"]}, "training images"),
-        ("--evaluate", good["state"]["student"], "not a checkpoint"),
-        ("--evaluate", {**good, "recipe": {"old": 1}}, "another version"),
-    ):
-        torch.save(content, other)
-        assert expected in refused(flag, other)
+    content = torch.load(last, weights_only=True)
+    torch.save({**content, "labeled_names": ["x"]}, other)
+    assert "training images" in refused("--resume", other)
+    torch.save(content["state"]["student"], other)
+    assert "not a checkpoint" in refused("--evaluate", other)
 
 
 REMOVED = object()
 BAD_CHECKPOINTS = [
+    ("method", "cowmix", "cowmix"),
     ("palette", REMOVED, "'palette'"),
+    ("recipe", {"old": 1}, "another version"),
     ("iteration", -1, "damaged"),
     ("args/seed", REMOVED, "damaged"),
     ("args/precision", "fp8", "--precision"),
@@ -435,19 +398,11 @@ def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, va
     assert not (trained / "out").exists()
 
 
-def test_a_copied_checkpoint_is_evaluated_and_auto_only_resumes(command, refused, trained):
-    copy = trained / "copy.pt"
-    copy.write_bytes((trained / "last.pt").read_bytes())
-    assert command("classmix", "--evaluate", copy)[0] == 0
-    assert "auto: no such checkpoint" in refused("--evaluate", "auto")
-    copy.unlink()
-
-
 def test_damage_that_torch_does_not_notice(refused, args, trained):
     """A flipped bit of a weight, which only the checksums show."""
     last, new = trained / "last.pt", ("--output-dir", trained / "new")
     content, data = torch.load(last, weights_only=True), bytearray(last.read_bytes())
-    data[data.index(content["state"]["student"]["layer1.0.conv2.weight"].numpy().tobytes())] ^= 1
+    data[data.index(content["state"]["student"]["layer1.0.bn1.running_var"].numpy().tobytes())] ^= 1
     (trained / "bit.pt").write_bytes(data)
     assert "a damaged one" in refused("--evaluate", trained / "bit.pt", *new)
     assert "bit.pt: damaged" in refused(*args, "--weights", trained / "bit.pt", *new)
@@ -459,17 +414,6 @@ def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
     assert parse("--resume", last)[0].warmup == classmix.RECIPES["camvid"].warmup == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {last}: ") and "without --warmup 0" in line
-
-
-def test_a_resume_killed_between_cutting_and_writing_the_log(command, trained, monkeypatch):
-    cut, log = mock.Mock(wraps=os.truncate), trained / "log.jsonl"
-    before = log.read_bytes()
-    log.write_bytes(before + b'{"iteration": 3}\n')  # after the checkpoint
-    monkeypatch.setattr(os, "truncate", cut)
-    monkeypatch.setattr(run.Session, "_append", mock.Mock(side_effect=KeyboardInterrupt))
-    command("classmix", "--resume", trained / "last.pt")
-    cut.assert_called_once_with(log, len(before))
-    assert before and log.read_bytes() == before
 
 
 # ---- Evaluating and predicting ----
@@ -487,82 +431,45 @@ def test_evaluation_at_full_resolution_and_on_another_data_set(
     assert f"--data-dir {Path('data/bdd100k')}: no such folder" in line
 
 
-def test_folder_trains_and_predicts_pictures_of_any_size(command, folder, tmp_path):
+def test_the_headline_network_alone_predicts_pictures_of_any_size(command, folder, tmp_path):
     out, picture, predicted = tmp_path / "run", tmp_path / "mine.png", []
     args = ("--dataset", "folder", "--data-dir", folder, "--crop", 32, 32, *SMALL.split())
     status, printed, errors = command("classmix", *args, "--iterations", 4, "--output-dir", out)
     assert (status, errors) == (0, "") and "6 labeled and 4 unlabeled of 10" in printed
-    noise = np.random.default_rng(0).integers(0, 256, (51, 37)).astype(np.uint8)
-    Image.fromarray(noise).save(picture)  # grey: becomes RGB
+    Image.effect_noise((37, 51), 90).save(picture)  # grey: becomes RGB
     good = torch.load(out / "last.pt", weights_only=True)
     for name in NETWORKS:  # the headline of ClassMix is the student: no teacher is needed
-        state = {"student": good["state"][name]}
-        torch.save({**good, "state": state}, tmp_path / "other.pt")
+        torch.save({**good, "state": {"student": good["state"][name]}}, tmp_path / "other.pt")
         predict = ("--predict", tmp_path / "other.pt", picture, "--out", tmp_path / name)
         assert command("classmix", *predict)[0] == 0
-        predicted.append(Image.open(tmp_path / name / "mine.png"))
-    assert predicted[0].mode == "P" and predicted[0].size == (37, 51)
-    assert np.asarray(predicted[0]).max() < 3
-    assert not np.array_equal(*map(np.asarray, predicted))
+        predicted.append(np.asarray(Image.open(tmp_path / name / "mine.png")))
+    assert predicted[0].shape == (51, 37) and predicted[0].max() < 3
+    assert not np.array_equal(*predicted)
     assert Image.open(tmp_path / "student/mine_overlay.png").size == (37, 51)
 
 
 def test_predictions_never_overwrite_a_picture(refused, camvid, trained, tmp_path):
-    before, out = (camvid / "train/000.png").read_bytes(), tmp_path / "out"
-    picture, overlay = tmp_path / "own.png", tmp_path / "own_overlay.png"
-    picture.write_bytes(before)
-    overlay.write_bytes(before)
+    picture, overlay, out = tmp_path / "own.png", tmp_path / "own_overlay.png", tmp_path / "out"
+    for path in (picture, overlay):
+        shutil.copy(camvid / "train/000.png", path)
     predict = ("--predict", trained / "last.pt", picture)
     assert "overwrite" in refused(*predict, "--out", tmp_path)
-    assert picture.read_bytes() == overlay.read_bytes() == before
+    assert picture.read_bytes() == overlay.read_bytes()
     assert "overwrite" in refused(*predict, overlay, "--out", out) and not out.exists()
 
 
 # ---- Bad input ----
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:60])
-
-
-BAD_TREES = {
-    "trainannot": lambda r: shutil.rmtree(r / "trainannot"),
-    "004.png": lambda r: (r / "trainannot/004.png").unlink(),
-    "001.png": lambda r: (r / "val/001.jpg").unlink(),
-    "train/002.png: a damaged file": lambda r: cut(r / "train/002.png"),
-    "valannot/002.png: a damaged file": lambda r: cut(r / "valannot/002.png"),
-    "train/002.png: a damaged file, an empty file": lambda r: (r / "train/002.png").write_bytes(
-        b""
-    ),
-    "(64, 47)": lambda r: Image.new("L", (64, 47)).save(r / "trainannot/001.png"),
-    "label id 77": lambda r: Image.new("L", (64, 48), 77).save(r / "valannot/001.png"),
-    "palette PNG": lambda r: Image.new("RGB", (64, 48)).save(r / "trainannot/001.png"),
-    "train/002.png: more than 8 bits": lambda r: Image.fromarray(
-        np.zeros((48, 64), np.uint16)
-    ).save(r / "train/002.png"),
-}
-
-
-@pytest.mark.parametrize("expected", BAD_TREES)
-def test_bad_data_is_one_line_that_names_the_file(refused, args, camvid, tmp_path, expected):
-    BAD_TREES[expected](camvid)
-    steps = ("--labeled", "1.0", "--iterations", 6, "--output-dir", tmp_path / "run")
-    assert expected in refused(*args[:-2], *steps)
-
-
 BAD_FLAGS = """
---labeled 9 | --labeled 9
---labeled 7 --batch-size 2 | only 1 unlabeled
 --labeled 3 --labeled-list nowhere.txt | not allowed with
 --batch-size 1 | --batch-size 1: each micro-batch needs 2 images
 --warmup 9 | 1 iterations, but 9 of them are warm-up
---scale-range 0.5 2 | --scale-range: needs --crop
 --scale-range 1.5 0.5 | --scale-range: 1.5 is above 0.5
 --nesterov --momentum 0 | --nesterov: needs
 --colour | --colour
 --itera 3 | --itera
 --data-dir camvdi | camvdi
---weights nowhere.pth | nowhere.pth
 --resume  | no such checkpoint
 --evaluate  | no such checkpoint
 --evaluate /etc/hostname | /etc/hostname: not a checkpoint
@@ -571,15 +478,10 @@ BAD_FLAGS = """
 --device meta | meta
 --output-dir /dev/null/run | /dev/null/run
 --batch-size 0 | 0 is not a number from 1
---batch-size 2.5 | --batch-size
---warmup -1 | -1 is not a number from 0
 --seed 4294967296 | 4294967296 is not a number from 0 to 4294967295
---lr -1 | -1 is not a number from 0
 --lr nan | nan is not a number
 --lr inf | inf is not a number
 --ema-decay 1.5 | 1.5 is not a number from 0
---sigma-range 0 4 | 0 is not a number from
---layers 1 1 1 0 | 0 is not a number from 1
 """
 
 
@@ -595,13 +497,12 @@ def test_bad_flags_are_one_line(refused, args, tmp_path, monkeypatch, line):
 @pytest.mark.parametrize("compiler", [True, False])
 @pytest.mark.parametrize(("capability", "bf16"), [((9, 0), True), ((6, 1), False)])
 def test_networks_are_compiled_and_bf16_where_they_can_be(monkeypatch, compiler, capability, bf16):
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: mock.MagicMock())
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch, "zeros", mock.MagicMock())
+    cuda = {"is_available": True, "is_bf16_supported": bf16, "get_device_capability": capability}
+    for name, value in {**cuda, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, mock.Mock(return_value=value))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     _, args = parse("--iterations", "5000")
     assert args.device == torch.device("cuda:0") and args.compile == (compiler and bf16)
     assert not parse("--iterations", "4999")[1].compile  # compiling takes longer than it saves
