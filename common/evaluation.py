@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from common import InputError
+from common import InputError, writing
 from common.datasets import Images, loader, open_dataset
 from common.layouts import IMAGE, by_stem, read_image
 
@@ -131,7 +131,8 @@ def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence) -> N
         left = k * sheet.width / len(columns) + 2
         ImageDraw.Draw(sheet).text((left, 0), name.replace("_", " "), "black")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with writing(path) as file:
+        sheet.save(file, "PNG")
 
 
 def _tile(values: Tensor, palette: Sequence) -> Tensor:
@@ -194,9 +195,11 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
             print(f"{args.method}.py: {error}", file=sys.stderr)
             failed = True
             continue
-        result, classes = folder / path.stem, colorize(prediction, args.checkpoint["palette"])
-        classes.save(f"{result}.png")
-        Image.blend(picture, classes.convert("RGB"), 0.5).save(f"{result}_overlay.png")
-        print(f"{path} -> {result}.png and {result}_overlay.png")
+        classes = colorize(prediction, args.checkpoint["palette"])
+        overlay = Image.blend(picture, classes.convert("RGB"), 0.5)
+        for image, end in ((classes, ""), (overlay, "_overlay")):
+            with writing(folder / f"{path.stem}{end}.png") as file:
+                image.save(file, "PNG")
+        print(f"{path} -> {folder / path.stem}.png and {folder / path.stem}_overlay.png")
     if failed:
         sys.exit(1)

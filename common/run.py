@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, evaluation, interrupt, ranks
+from common import InputError, evaluation, interrupt, ranks, writing
 from common.datasets import Data, MicroBatches, check_classes, endless
 from common.deeplab import unsound
 from common.flags import parse_args
@@ -47,8 +47,6 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         line, status = "out of memory: lower --batch-size, --size, --crop or --eval-crop", 2
     except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
-        if args and isinstance(error, OSError) and error.filename is None:  # of a full disk
-            line = f"{args.output_dir}: {line}"
     if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
         print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -176,12 +174,14 @@ class Session:
         self.folder.mkdir(parents=True, exist_ok=True)
         log.touch()
         self.partial.unlink(missing_ok=True)  # of a killed run
-        # A killed run repeats the steps after its last checkpoint.
-        os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if self.start else 0)
-        if args.checkpoint is None or not config.exists():
-            config.write_text(json.dumps(self.config, indent=1))
+        # A killed run repeats the steps after its last checkpoint. A log beside no such checkpoint
+        # is another run's.
+        own = self.start and args.checkpoint["path"].parent.samefile(self.folder)
+        os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if own else 0)
+        if not own or not config.exists():
             names = "".join(f"{name}\n" for name in self.names)
-            (self.folder / "split.txt").write_text(names, "utf-8", "surrogateescape")
+            self._write("config.json", json.dumps(self.config, indent=1))
+            self._write("split.txt", names)
         counts = f"{len(self.names)} labeled and {len(self.split[1])} unlabeled"
         scored = f"{len(self.images)} {self.part} images, {self.data.num_classes} classes"
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
@@ -211,8 +211,12 @@ class Session:
 
     def _append(self, done: int, entry: dict, note: str) -> None:
         """Writes an entry to log.jsonl, to TensorBoard and, with the note, to stdout."""
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"iteration": done, **entry}) + "\n")
+        log = self.folder / "log.jsonl"
+        try:
+            with log.open("a") as file:
+                file.write(json.dumps({"iteration": done, **entry}) + "\n")
+        except OSError as error:
+            raise InputError(f"{log}: cannot be written ({error})") from error
         shown = {k: 100 * v["miou"] if isinstance(v, dict) else v for k, v in entry.items()}
         for name, value in shown.items() if self.board else ():
             self.board.add_scalar(name, value, done)
@@ -240,9 +244,13 @@ class Session:
             "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
             "gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
         }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        self._write("result.json", json.dumps(result, indent=1))
         print(evaluation.iou_table(scores, self.data.class_names))
         print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU")
+
+    def _write(self, name: str, text: str) -> None:
+        with writing(self.folder / name) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
 
     def _save(self, done: int) -> None:
         checkpoint = {
@@ -259,12 +267,5 @@ class Session:
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
         self.saved = time.perf_counter()
-        try:
-            with self.partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                os.fsync(file.fileno())  # a power failure could leave an empty file
-            os.replace(self.partial, self.last)
-        except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
-            self.partial.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) else error.__context__ or error
-            raise InputError(f"{self.last}: cannot be written ({cause})") from error
+        with writing(self.last) as file:
+            torch.save(checkpoint, file)

@@ -206,31 +206,37 @@ def test_loader_processes_end_with_the_command(args, camvid, tmp_path, end):
         assert status == 143 and "--resume" in line and (tmp_path / "run/last.pt").exists()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(refused, args, tmp_path, monkeypatch):
-    """Files may not grow beyond 4 kB after the first checkpoint."""
-
-    class Filling(run.Session):
-        def end_step(self, iteration, pictures):
-            if iteration == 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-            super().end_step(iteration, pictures)
-
+@pytest.mark.parametrize(
+    "name", ["config.json", "log.jsonl", "samples/000008.png", "result.json", "last.pt", "0.png"]
+)
+def test_a_full_disk_is_one_line_that_names_the_file(
+    command, refused, args, camvid, tmp_path, monkeypatch, name
+):
+    """From the moment when this file (last.pt: its second version) is opened, none may grow."""
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    steps = ("--save-every", 2, "--eval-every", 8, "--iterations", 8)
-    monkeypatch.setattr(classmix, "train", partial(classmix.train, make_session=Filling))
+
+    def opened(path, *mode, open=Path.open):
+        if path == out / f"{name}{'.partial' * (name != 'log.jsonl')}" and (
+            name != "last.pt" or (out / "last.pt").exists()
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        return open(path, *mode)
+
+    flags = (*args, "--save-every", 2, "--eval-every", 8, "--iterations", 8, "--output-dir", out)
+    if name == "0.png":
+        assert command("classmix", *flags)[0] == 0
+        Image.new("RGB", (64, 48)).save(camvid / "0.png")
+        flags = ("--predict", out / "last.pt", camvid / "0.png", "--out", out)
+    monkeypatch.setattr(Path, "open", opened)
     try:
-        line = refused(*args, *steps, "--output-dir", out)
+        line = refused(*flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert line == f"classmix.py: {out}/last.pt: cannot be written ([Errno 27] File too large)\n"
-    assert not list(out.glob("*.partial"))
-    assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 2
-
-
-def test_a_full_disk_is_named_whatever_is_written(refused, args, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "save", mock.Mock(side_effect=OSError(28, "No space left")))
-    line = refused(*args, "--iterations", 1, "--output-dir", tmp_path / "run")
-    assert line == f"classmix.py: {tmp_path}/run: [Errno 28] No space left\n"
+    assert line == f"classmix.py: {out}/{name}: cannot be written ([Errno 27] File too large)\n"
+    assert not [*out.rglob("*.partial")]
+    assert (out / name).exists() == (name in ("last.pt", "log.jsonl"))
+    if name == "last.pt":
+        assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 2
 
 
 def test_a_teacher_that_is_not_finite_is_not_saved(refused, args, tmp_path, monkeypatch):
