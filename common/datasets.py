@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from common import InputError, cache, layouts, streets, warn
 from common.layouts import VOID, check_pair, check_palettes, read_image, read_label, read_lines
 
 SILENCE = 60  # seconds after which a run gives up loader processes that give no data
+waiting: list[float] = []  # since when the main process waits for data, if it does
 # Defaults of the flags --labeled and --weights.
 DEFAULTS = {name: {"labeled": "1/8", "weights": "imagenet"} for name in layouts.FILES}
 DEFAULTS["camvid"]["labeled"], DEFAULTS["folder"]["labeled"] = "30", "1.0"
@@ -239,7 +241,10 @@ class MicroBatches(Dataset):
         batch = np.resize(order[place * self.batch_size :][: self.batch_size], self.batch_size)
         seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(self.batch_size)
         places = np.arange(self.batch_size).reshape(self.count, -1)[self.micro_batches[k]]
-        pairs = [self.transform(int(seeds[i]), *self.images[int(batch[i])]) for i in places]
+        try:
+            pairs = [self.transform(int(seeds[i]), *self.images[int(batch[i])]) for i in places]
+        except InputError as error:
+            raise InputError(f"{error} at step {t + 1}") from error
         return default_collate(pairs)
 
 
@@ -256,9 +261,10 @@ def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device)
 def loader(dataset: Dataset, workers: int, **options) -> Iterator:
     """Yields what a DataLoader does. Its processes leave signals to the main process.
 
-    What they load ahead fits in a quarter of the shared memory; some containers have 64 MB.
+    What they load ahead fits in a quarter of the rank's shared memory; some containers have 64 MB.
     """
     shared = shutil.disk_usage("/dev/shm").free if workers and Path("/dev/shm").exists() else 2**40
+    shared //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if shared < 2**30:
         batch = sum(tensor.nbytes for tensor in dataset[0]) * (options["batch_size"] or 1)
         if (fitting := shared // 4 // batch) < 2 * workers:
@@ -267,7 +273,12 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
             options |= {"prefetch_factor": 1 if workers else None}
     options |= {"worker_init_fn": _start_worker, "timeout": SILENCE if workers else 0}
     try:
-        yield from DataLoader(dataset, num_workers=workers, **options)
+        waiting[:] = [time.monotonic()]
+        for batch in DataLoader(dataset, num_workers=workers, **options):
+            waiting.clear()
+            yield batch
+            waiting[:] = [time.monotonic()]
+        waiting.clear()
     except RuntimeError as error:  # a process died, or gave nothing for a minute
         lines = str(error).strip().splitlines()  # what a process raised ends its traceback
         raise InputError(f"loading images: {lines[0]} {lines[-1]} (fewer --workers?)") from error

@@ -39,19 +39,38 @@ def class_iou(matrix: Tensor) -> Tensor:
 
 
 def segment(network: nn.Module, image: Tensor, size, crop=None) -> Tensor:
-    """Logits at a size, (B,3,H,W) -> (B,K,*size); with a crop, means over overlapping windows."""
+    """Classes at a size, (B,3,H,W) -> uint8 (B,*size), by logits; with a crop, by those of windows.
+
+    The logits grow to the size one class after the other: all of a photograph's take gigabytes.
+    """
     if crop is None:
-        return network.classify(network.features(image), size)
-    (height, width), total, count = image.shape[-2:], 0, 0
-    h, w = min(height, crop[0]), min(width, crop[1])
+        features = network.features(image)
+        logits = network.classify(features, features.shape[-2:])
+    else:
+        logits = _mean_logits(network, image, *crop)
+    best = logits.new_full((len(image), *size), -math.inf)
+    label = torch.zeros_like(best, dtype=torch.uint8)
+    for k, part in enumerate(logits.split(1, dim=1)):
+        value = F.interpolate(part, size, mode="bilinear", align_corners=True)[:, 0]
+        label.masked_fill_(value > best, k)
+        torch.maximum(best, value, out=best)
+    return label
+
+
+def _mean_logits(network: nn.Module, image: Tensor, h: int, w: int) -> Tensor:
+    """Means over overlapping windows of at most this size, (B,3,H,W) -> (B,K,H,W)."""
+    height, width = image.shape[-2:]
+    h, w, total, count = min(height, h), min(width, w), None, image.new_zeros(height, width)
     tops = np.linspace(0, height - h, 1 + math.ceil(1.5 * (height - h) / h), dtype=int).tolist()
     lefts = np.linspace(0, width - w, 1 + math.ceil(1.5 * (width - w) / w), dtype=int).tolist()
     for top, left in itertools.product(tops, lefts):
-        part = image[..., top : top + h, left : left + w]
-        logits = network.classify(network.features(part), (h, w))
-        padding = (left, width - left - w, top, height - top - h)
-        total, count = total + F.pad(logits, padding), count + F.pad(logits * 0 + 1, padding)
-    return F.interpolate(total / count, size, mode="bilinear", align_corners=True)
+        window = (..., slice(top, top + h), slice(left, left + w))
+        logits = network.classify(network.features(image[window]), (h, w))
+        if total is None:
+            total = logits.new_zeros(*logits.shape[:2], height, width)
+        total[window] += logits
+        count[window] += 1
+    return total.div_(count)
 
 
 @torch.no_grad()
@@ -61,7 +80,7 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
     Images are predicted whole and compared at the resolution of their labels. Modes are kept.
     """
     images.prepare()
-    pixels = images[0][0][0].numel()
+    pixels = max(part.shape[-2:].numel() for part in images[0])
     batch_size = max(1, min(8, 2**22 // pixels)) if images.same_size else 1
     batches = loader(images, args.workers, batch_size=batch_size)
     modes = {name: network.training for name, network in networks.items()}
@@ -73,8 +92,8 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
             label = label.to(args.device).long()
             for name, network in networks.items():
                 network.eval()
-                logits = segment(network, image, label.shape[-2:], args.eval_crop)
-                matrices[name] += confusion_matrix(logits.argmax(1), label, num_classes).cpu()
+                found = segment(network, image, label.shape[-2:], args.eval_crop)
+                matrices[name] += confusion_matrix(found, label, num_classes).cpu()
     scores = {}
     for name, matrix in matrices.items():
         networks[name].train(modes[name])
@@ -109,8 +128,7 @@ def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False, 
         seen = [max(8, round(scale * n)) for n in own]
     seen = seen or own
     image = TF.pil_to_tensor(TF.resize(picture, seen))[None].to(device).float().div_(255)
-    logits = segment(network.eval(), image, own, crop)
-    return picture, logits.argmax(1)[0].byte().cpu().numpy()
+    return picture, segment(network.eval(), image, own, crop)[0].cpu().numpy()
 
 
 def colorize(label: np.ndarray, palette: Sequence) -> Image.Image:
@@ -148,9 +166,25 @@ def load_state(parts: dict, checkpoint: dict) -> None:
     """Loads networks, optimizer and the like. InputError for one that does not fit."""
     for name, part in parts.items():
         try:
-            part.load_state_dict(checkpoint["state"][name])
+            saved, fresh = checkpoint["state"][name], part.state_dict()
+            part.load_state_dict(saved)
+            if lacking := [key for key in fresh if key not in saved and key[0] != "_"]:
+                raise KeyError(*lacking)
+            if name == "optimizer":
+                _check_optimizer(part, fresh["param_groups"])
         except Exception as error:  # KeyError, RuntimeError, ValueError and more
             raise InputError(f"{checkpoint['path']}: {name} does not fit these flags") from error
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
+    """Raises some error for what only the next step would notice. groups: before loading."""
+    for parameter, state in optimizer.state.items():
+        names = ("exp_avg", "exp_avg_sq") if "step" in state else ("momentum_buffer",)
+        if any(state[name].shape != parameter.shape for name in names):
+            raise ValueError("a tensor of another shape")
+    for before, after in zip(groups, optimizer.param_groups, strict=True):
+        if lacking := before.keys() - after.keys():
+            raise KeyError(*lacking)
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:

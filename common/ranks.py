@@ -23,7 +23,10 @@ def join(args) -> None:
     """Connects the ranks. From here on only rank 0 prints to stdout."""
     # gloo sends the numbers of the host. No rank has to wait for its GPU then.
     backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-    store, rank, size = next(rendezvous("env://"))
+    try:
+        store, rank, size = next(rendezvous("env://"))
+    except ValueError as error:
+        raise InputError(f"WORLD_SIZE is set, but not by torchrun: {error}") from error
     # torchrun keeps its store after a restart. The prefix hides the dead ranks.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     wait = timedelta(hours=3)  # rank 0 evaluates and decodes meanwhile

@@ -1,6 +1,7 @@
 """What surrounds a training loop: folder, log, checkpoints, evaluation, signals."""
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -16,30 +17,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import InputError, evaluation, interrupt, ranks, writing
-from common.datasets import Data, MicroBatches, check_classes, endless
+from common.datasets import Data, MicroBatches, check_classes, endless, waiting
 from common.deeplab import unsound
 from common.flags import parse_args
 from common.ranks import SIGNALS, all_max
 
 SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
+PATIENCE = 5  # seconds that a run waits for data after a signal
+ALARM = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []  # not on Windows
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
     """Runs the command of a method file. A user's mistake or a signal ends it with one line."""
     for number in SIGNALS:
         signal.signal(number, interrupt)
-    args = None
     try:
-        recipe, args = parse_args(method, doc, recipes, preset)
-        if args.evaluate is None and args.predict is None:
-            if args.ranks > 1:
-                ranks.join(args)
-            train(recipe, args)
-            ranks.leave()
-        elif args.rank == 0:  # one rank is enough
-            run = evaluation.evaluate_checkpoint if args.evaluate else evaluation.predict_pictures
-            run(recipe, args, network)
-        return
+        return _run(*parse_args(method, doc, recipes, preset), network, train)
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         line, status = f"stopped by {number.name}{''.join(error.args[1:])}", 128 + number
@@ -50,6 +43,24 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
         print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _run(recipe, args, network: Callable, train: Callable) -> None:
+    """Trains, evaluates or predicts."""
+    try:
+        if args.evaluate is None and args.predict is None:
+            if args.ranks > 1:
+                ranks.join(args)
+            train(recipe, args)
+            ranks.leave()
+        elif args.rank == 0:  # one rank is enough
+            run = evaluation.evaluate_checkpoint if args.evaluate else evaluation.predict_pictures
+            run(recipe, args, network)
+    finally:
+        for number in ALARM:
+            signal.signal(number, signal.SIG_IGN)  # it would kill an interpreter that ends
+        for loader in multiprocessing.active_children():
+            loader.terminate()  # torch would wait 5 seconds for each that hangs
 
 
 def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
@@ -100,7 +111,7 @@ class Session:
         self.data.train.prepare(build=False)  # the other ranks of this machine find the cache
         if self.first and not self.start and self.args.dataset != "streets":
             check_classes(self.data.train, self.split[0], self.data.class_names)
-        for number in SIGNALS:
+        for number in (*SIGNALS, *ALARM):
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
         return self.start
@@ -149,9 +160,13 @@ class Session:
 
     def _on_signal(self, number: int, _) -> None:
         # A second Ctrl-C waits only for a checkpoint to be written. torchrun repeats its signals.
-        if self.signal and self.args.ranks == 1 and not self.partial.exists():
-            raise KeyboardInterrupt(number, self.how * self.last.exists())
-        self.signal = number
+        again = self.signal and self.args.ranks == 1 and number in SIGNALS
+        self.signal = number if number in SIGNALS else self.signal
+        late = waiting and time.monotonic() - waiting[0] > PATIENCE
+        if late or (again and not self.partial.exists()):
+            raise KeyboardInterrupt(self.signal, self.how * self.last.exists())
+        if ALARM:
+            signal.alarm(1)  # calls this again
 
     def _open_folder(self) -> None:
         args, log, config = self.args, self.folder / "log.jsonl", self.folder / "config.json"

@@ -417,6 +417,12 @@ BAD_CHECKPOINTS = [
     ("state/student", REMOVED, "student"),
     ("state/student/conv1.weight", torch.ones(4), "student does not fit"),
     ("state/student/bn1.bias", torch.tensor([1, torch.nan, 1, 1]), "student.bn1.bias is not f"),
+    # Only --resume reads these.
+    ("state/optimizer/state", REMOVED, "optimizer does not fit"),
+    ("state/optimizer/state/0/exp_avg", torch.ones(3), "optimizer does not fit"),
+    ("state/optimizer/state/1/step", REMOVED, "optimizer does not fit"),
+    ("state/optimizer/param_groups/0/betas", REMOVED, "optimizer does not fit"),
+    ("state/schedule/last_epoch", REMOVED, "schedule does not fit"),
 ]
 
 
@@ -425,7 +431,7 @@ def change(path: Path, place: str, value) -> None:
     part = checkpoint = torch.load(path, weights_only=True)
     *above, name = place.split("/")
     for key in above:
-        part = part[key]
+        part = part[int(key) if key.isdigit() else key]
     del part[name]
     part |= {} if value is REMOVED else {name: value}
     torch.save(checkpoint, path)
@@ -436,7 +442,9 @@ def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, va
     last = trained / "last.pt"
     change(last, place, value)
     picture = ("--predict", last, camvid / "train/000.png", "--out", trained / "out")
-    for line in (refused("--resume", last), refused("--evaluate", last), refused(*picture)):
+    uses = (("--resume", last), ("--evaluate", last), picture)
+    for use in uses[: 1 if "optimizer" in place or "schedule" in place else 3]:
+        line = refused(*use)
         assert line.startswith(f"classmix.py: {last}: ") and expected in line
     assert not (trained / "out").exists()
 
@@ -476,6 +484,17 @@ def test_a_resume_killed_between_cutting_and_writing_the_log(command, trained, m
     command("classmix", "--resume", trained / "last.pt")
     cut.assert_called_once_with(log, len(before))
     assert before and log.read_bytes() == before
+
+
+def test_resuming_into_another_folder_keeps_nothing_of_another_run(command, trained, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("log.jsonl", "config.json", "split.txt"):
+        (other / name).write_text("another run\n" * 99)
+    assert command("classmix", "--resume", trained / "last.pt", "--output-dir", other)[0] == 0
+    assert read_log(other) == []
+    for name in ("config.json", "split.txt"):
+        assert (other / name).read_text().count("another run") == 0
 
 
 # ---- Evaluating and predicting ----
