@@ -5,6 +5,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from common import InputError, writing
+from common import InputError
+from common.cache import write
 from common.datasets import Images, loader, open_dataset
 from common.layouts import IMAGE, by_stem, read_image
 
@@ -79,7 +81,6 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
 
     Images are predicted whole and compared at the resolution of their labels. Modes are kept.
     """
-    images.prepare()
     pixels = max(part.shape[-2:].numel() for part in images[0])
     batch_size = max(1, min(8, 2**22 // pixels)) if images.same_size else 1
     batches = loader(images, args.workers, batch_size=batch_size)
@@ -148,9 +149,7 @@ def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence) -> N
     for k, name in enumerate(columns):
         left = k * sheet.width / len(columns) + 2
         ImageDraw.Draw(sheet).text((left, 0), name.replace("_", " "), "black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as file:
-        sheet.save(file, "PNG")
+    write(path, partial(sheet.save, format="PNG"))
 
 
 def _tile(values: Tensor, palette: Sequence) -> Tensor:
@@ -168,23 +167,22 @@ def load_state(parts: dict, checkpoint: dict) -> None:
         try:
             saved, fresh = checkpoint["state"][name], part.state_dict()
             part.load_state_dict(saved)
-            if lacking := [key for key in fresh if key not in saved and key[0] != "_"]:
-                raise KeyError(*lacking)
-            if name == "optimizer":
-                _check_optimizer(part, fresh["param_groups"])
+            bad = [key for key in fresh if key not in saved and key[0] != "_"]
+            if bad or (name == "optimizer" and _steps_fail(part, fresh["param_groups"])):
+                raise ValueError(bad)
         except Exception as error:  # KeyError, RuntimeError, ValueError and more
             raise InputError(f"{checkpoint['path']}: {name} does not fit these flags") from error
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
-    """Raises some error for what only the next step would notice. groups: before loading."""
-    for parameter, state in optimizer.state.items():
-        names = ("exp_avg", "exp_avg_sq") if "step" in state else ("momentum_buffer",)
-        if any(state[name].shape != parameter.shape for name in names):
-            raise ValueError("a tensor of another shape")
-    for before, after in zip(groups, optimizer.param_groups, strict=True):
-        if lacking := before.keys() - after.keys():
-            raise KeyError(*lacking)
+def _steps_fail(optimizer: torch.optim.Optimizer, groups: list[dict]) -> bool:
+    """Whether a loaded optimizer lacks what its next step needs. groups: those before loading."""
+    shapes = [
+        (parameter.shape, state[name].shape)
+        for parameter, state in optimizer.state.items()
+        for name in (("exp_avg", "exp_avg_sq") if "step" in state else ("momentum_buffer",))
+    ]
+    pairs = zip(groups, optimizer.param_groups, strict=True)
+    return any(a != b for a, b in shapes) or any(old.keys() - new.keys() for old, new in pairs)
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
@@ -220,7 +218,6 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     if len(set(files)) < len(files):
         raise InputError(f"--predict: results in {folder} would overwrite a picture or each other")
     headline = _load_network(recipe, args, network, args.checkpoint["headline"])
-    folder.mkdir(parents=True, exist_ok=True)
     failed, how = False, {"keep_aspect": args.keep_aspect, "crop": args.eval_crop}
     for path in paths:
         try:
@@ -232,8 +229,7 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
         classes = colorize(prediction, args.checkpoint["palette"])
         overlay = Image.blend(picture, classes.convert("RGB"), 0.5)
         for image, end in ((classes, ""), (overlay, "_overlay")):
-            with writing(folder / f"{path.stem}{end}.png") as file:
-                image.save(file, "PNG")
+            write(folder / f"{path.stem}{end}.png", partial(image.save, format="PNG"))
         print(f"{path} -> {folder / path.stem}.png and {folder / path.stem}_overlay.png")
     if failed:
         sys.exit(1)

@@ -1,7 +1,6 @@
 """What surrounds a training loop: folder, log, checkpoints, evaluation, signals."""
 
 import json
-import multiprocessing
 import os
 import shlex
 import signal
@@ -10,13 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, evaluation, interrupt, ranks, writing
+from common import InputError, cache, evaluation, interrupt, ranks
 from common.datasets import Data, MicroBatches, check_classes, endless, waiting
 from common.deeplab import unsound
 from common.flags import parse_args
@@ -32,22 +32,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     for number in SIGNALS:
         signal.signal(number, interrupt)
     try:
-        return _run(*parse_args(method, doc, recipes, preset), network, train)
-    except KeyboardInterrupt as error:
-        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        line, status = f"stopped by {number.name}{''.join(error.args[1:])}", 128 + number
-    except torch.OutOfMemoryError:
-        line, status = "out of memory: lower --batch-size, --size, --crop or --eval-crop", 2
-    except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
-        line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
-    if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
-        print(f"{method}.py: {line}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def _run(recipe, args, network: Callable, train: Callable) -> None:
-    """Trains, evaluates or predicts."""
-    try:
+        recipe, args = parse_args(method, doc, recipes, preset)
         if args.evaluate is None and args.predict is None:
             if args.ranks > 1:
                 ranks.join(args)
@@ -56,11 +41,20 @@ def _run(recipe, args, network: Callable, train: Callable) -> None:
         elif args.rank == 0:  # one rank is enough
             run = evaluation.evaluate_checkpoint if args.evaluate else evaluation.predict_pictures
             run(recipe, args, network)
+        return
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        line, status = f"stopped by {number.name}{''.join(error.args[1:])}", 128 + number
+    except torch.OutOfMemoryError:
+        line, status = "out of memory: lower --batch-size, --size, --crop or --eval-crop", 2
+    except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
+        line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
     finally:
         for number in ALARM:
             signal.signal(number, signal.SIG_IGN)  # it would kill an interpreter that ends
-        for loader in multiprocessing.active_children():
-            loader.terminate()  # torch would wait 5 seconds for each that hangs
+    if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
+        print(f"{method}.py: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
@@ -100,28 +94,22 @@ class Session:
 
     def restore(self) -> int:
         """Prepares the folder, the state and the signals. Returns the first iteration."""
-        if self.args.checkpoint is not None:
-            self._load(self.args.checkpoint)
+        if checkpoint := self.args.checkpoint:
+            if checkpoint["class_names"] != list(self.data.class_names):
+                raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
+            evaluation.load_state(self.state, checkpoint)
+            self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+            self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
         if self.first:
             self._open_folder()
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            self.data.train.prepare()
         if all_max(self.start) != self.start:
             raise InputError("--resume: ranks found different checkpoints; share the folder")
-        self.data.train.prepare(build=False)  # the other ranks of this machine find the cache
         if self.first and not self.start and self.args.dataset != "streets":
             check_classes(self.data.train, self.split[0], self.data.class_names)
         for number in (*SIGNALS, *ALARM):
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
         return self.start
-
-    def _load(self, checkpoint: dict) -> None:
-        if checkpoint["class_names"] != list(self.data.class_names):
-            raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
-        evaluation.load_state(self.state, checkpoint)
-        self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
-        self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
 
     def batches(self, indices: list[int], transform: Callable, *, stream: int, start: int):
         """Yields this rank's micro-batches from batch `start` on. Each stream has its own order."""
@@ -186,17 +174,16 @@ class Session:
             from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
             self.board = SummaryWriter(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log.touch()
         self.partial.unlink(missing_ok=True)  # of a killed run
         # A killed run repeats the steps after its last checkpoint. A log beside no such checkpoint
         # is another run's.
-        own = self.start and args.checkpoint["path"].parent.samefile(self.folder)
-        os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if own else 0)
+        own = self.start and args.checkpoint["path"].parent.resolve() == self.folder.resolve()
+        kept = log.read_bytes()[: args.checkpoint["logged"]] if own and log.exists() else b""
+        cache.write(log, lambda file: file.write(kept))
         if not own or not config.exists():
-            names = "".join(f"{name}\n" for name in self.names)
-            self._write("config.json", json.dumps(self.config, indent=1))
-            self._write("split.txt", names)
+            names = "".join(f"{name}\n" for name in self.names).encode("utf-8", "surrogateescape")
+            cache.write(config, lambda file: file.write(json.dumps(self.config, indent=1).encode()))
+            cache.write(self.folder / "split.txt", lambda file: file.write(names))
         counts = f"{len(self.names)} labeled and {len(self.split[1])} unlabeled"
         scored = f"{len(self.images)} {self.part} images, {self.data.num_classes} classes"
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
@@ -226,12 +213,9 @@ class Session:
 
     def _append(self, done: int, entry: dict, note: str) -> None:
         """Writes an entry to log.jsonl, to TensorBoard and, with the note, to stdout."""
-        log = self.folder / "log.jsonl"
-        try:
-            with log.open("a") as file:
-                file.write(json.dumps({"iteration": done, **entry}) + "\n")
-        except OSError as error:
-            raise InputError(f"{log}: cannot be written ({error})") from error
+        line, log = json.dumps({"iteration": done, **entry}) + "\n", self.folder / "log.jsonl"
+        text = log.read_bytes() + line.encode()
+        cache.write(log, lambda file: file.write(text))
         shown = {k: 100 * v["miou"] if isinstance(v, dict) else v for k, v in entry.items()}
         for name, value in shown.items() if self.board else ():
             self.board.add_scalar(name, value, done)
@@ -243,8 +227,8 @@ class Session:
         self.miou = scores[self.headline]["miou"]
         self._append(done, scores, f"% mIoU on {len(self.images)} {self.part} images")
         pictures = {**pictures, "prediction": pictures["prediction"].argmax(1)}
-        path = self.folder / f"samples/{done:06d}.png"
-        evaluation.save_samples(path, pictures, self.data.palette)
+        samples = self.folder / "samples"
+        evaluation.save_samples(samples / f"{done:06d}.png", pictures, self.data.palette)
         self.clock = time.perf_counter()  # the seconds of a run are those of its training
         if done < self.recipe.iterations:
             return
@@ -259,13 +243,10 @@ class Session:
             "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
             "gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
         }
-        self._write("result.json", json.dumps(result, indent=1))
+        text = json.dumps(result, indent=1).encode()
+        cache.write(self.folder / "result.json", lambda file: file.write(text))
         print(evaluation.iou_table(scores, self.data.class_names))
         print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU")
-
-    def _write(self, name: str, text: str) -> None:
-        with writing(self.folder / name) as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
 
     def _save(self, done: int) -> None:
         checkpoint = {
@@ -282,5 +263,4 @@ class Session:
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
         self.saved = time.perf_counter()
-        with writing(self.last) as file:
-            torch.save(checkpoint, file)
+        cache.write(self.last, partial(torch.save, checkpoint))

@@ -150,14 +150,14 @@ def test_scenes_and_images_have_the_same_interface(folder, monkeypatch, tmp_path
     scenes = open_dataset("streets", None, size=(32, 64)).train
     images = open_dataset("folder", folder, size=(32, 64)).train
     shared = {name for name in dir(scenes) if not name.startswith("_")} - {"images", "labels"}
-    assert shared == {"names", "files", "has_label", "same_size", "prepare"}
+    assert shared == {"names", "files", "has_label", "same_size"}
     for name in ("names", "files", "has_label"):
         ours, theirs = getattr(scenes, name), getattr(images, name)
         assert type(ours) is type(theirs) is list and type(ours[0]) is type(theirs[0]), name
     assert scenes.same_size is images.same_size is True
     for part in (scenes, images):
         assert len(part) == len(part.names) == len(part.files) == len(part.has_label)
-        assert part.names == sorted(set(part.names)) and part.prepare() is None
+        assert part.names == sorted(set(part.names))
         for image, label in (part[0], part[len(part) - 1]):
             assert (image.dtype, image.shape) == (torch.uint8, (3, 32, 64))
             assert (label.dtype, label.shape) == (torch.uint8, (32, 64))
