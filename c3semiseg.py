@@ -53,14 +53,14 @@ The paper reports 63.23 +- 0.45% mIoU for this command (1/30: 55.17, 1/4: 65.50,
 Measured on streets, student: 57.3% with 32 labels, supervised 54.0% (3 seeds; README.md, results/).
 """
 
+from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
+
+# isort: split
 import argparse
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
-
-# isort: split
 import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import v2
 

@@ -37,14 +37,14 @@ The paper reports 61.35 +- 0.62% mIoU for this command (1/30: 54.07, 1/4: 63.63,
 Measured on streets, student: 56.6% with 32 labels, supervised 51.5% (3 seeds; README.md, results/).
 """
 
+from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
+
+# isort: split
 import argparse
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
-
-# isort: split
 from torchvision.transforms import v2
 
 from common.augment import scale_crop_flip, seeded, without_label

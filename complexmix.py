@@ -28,14 +28,14 @@ The paper reports 62.25 +- 1.22% mIoU for this command (1/30: 53.88, 1/4: 64.07,
 Measured on streets, student: 55.9% with 32 labels, supervised 51.5% (3 seeds; README.md, results/).
 """
 
+from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
+
+# isort: split
 import argparse
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
-
-# isort: split
 from common.augment import scale_crop_flip, without_label
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights

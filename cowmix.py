@@ -48,14 +48,14 @@ The paper reports 55.06 +- 1.74% mIoU for the first command.
 Measured on streets, teacher: 52.7% with 32 labels, supervised 51.3% (3 seeds; README.md, results/).
 """
 
+from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
+
+# isort: split
 import argparse
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
-
-# isort: split
 import numpy as np
 import torchvision
 from torchvision.transforms import v2

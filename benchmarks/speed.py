@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import run
-from common.datasets import Data
+from common.datasets import Data, loader
 
 CLASSES, UNTIMED = 19, 3
 METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
@@ -60,7 +60,8 @@ class TimedSession(run.Session):
         if self.turn:
             fcntl.flock(self.turn, fcntl.LOCK_SH)
         if self.options.data:
-            self.data.train.prepare()
+            for _ in loader(self.data.train, os.cpu_count() or 1, batch_size=None):
+                pass  # decodes large images
         self.counter = FlopCounterMode(display=False).__enter__()
         if self.args.compile:  # compiled code hides its products from the counter
             torch.compiler.set_stance("force_eager")

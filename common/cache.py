@@ -1,57 +1,38 @@
-"""Decoded and resized images on disk, so that large images are decoded only once.
-
-A cache is one file, DIR/KEY.npy, uint8 (N,4,H,W): red, green, blue and label.
-"""
+"""Files that are written whole, and decoded images on disk: large ones are decoded only once."""
 
 import hashlib
 import os
-import uuid
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+from common import InputError
 
 
-def key(folder: Path, sources: list[Path], settings) -> str:
-    """Returns a hash that changes whenever the settings or any source file change."""
-    stats = [(os.path.relpath(path, folder), path.stat()) for path in sources]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    version = 2  # raise this when decoding or resizing gives other pixels
-    return hashlib.sha256(repr((version, settings, files)).encode()).hexdigest()[:16]
-
-
-def read(path: Path, index: int) -> np.ndarray:
-    """Returns one image and its label, (4,H,W)."""
-    return np.load(path, mmap_mode="r")[index].copy()
-
-
-def is_sound(path: Path) -> bool:
-    """Whether the file exists and has the length that its header states."""
+def write(path: Path, save: Callable, suffix: str = ".partial") -> None:
+    """Writes a file by save(opened file), whole or not at all. A full disk names it."""
+    partial = Path(f"{path}{suffix}")  # processes that may write the same file need their own
     try:
-        return read(path, 0) is not None
-    except Exception:  # np.load raises nearly any type on a damaged file
-        return False
-
-
-def build(path: Path, count: int, items) -> None:
-    """Writes count pairs of image and label to DIR/KEY.npy and removes all else from DIR."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(uuid.uuid4().hex)  # a killed run must not leave half a cache
-    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            for done, (image, label) in enumerate(items, 1):
-                if done == 1:
-                    shape = (count, 4, *label.shape)
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(np.asarray(image).tobytes() + np.asarray(label).tobytes())
-                if done % 50 == 0 or done == count:
-                    print(f"\rdecoding, once: {done}/{count} images", end="", flush=True)
+            save(file)
             file.flush()
-            os.fsync(file.fileno())  # otherwise a power failure could leave zeros
-        print(f", to {path}")
-        if not is_sound(path):  # else another run was faster
-            partial.replace(path)
+            os.fsync(file.fileno())  # a power failure could leave an empty file
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path}: cannot be written ({cause})") from error
     finally:
-        partial.unlink(missing_ok=True)
-    for other in set(path.parent.iterdir()) - {path}:
-        other.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
+
+
+def folder(above: Path, sources: list[Path], settings) -> Path:
+    """Names a folder by the settings and the state of all source files, and removes all others."""
+    stats = [(os.path.relpath(path, above), path.stat()) for path in sources]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    version = 3  # raise this when decoding or resizing gives other pixels
+    name = hashlib.sha256(repr((version, settings, files)).encode()).hexdigest()[:16]
+    for other in set(above.glob("*")) - {above / name}:
+        shutil.rmtree(other, ignore_errors=True)
+    return above / name

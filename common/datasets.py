@@ -4,13 +4,16 @@ In this file an image is RGB uint8 (3,H,W) and a label uint8 (H,W): 0..K-1, or 2
 """
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from common import InputError, cache, layouts, streets, warn
 from common.layouts import VOID, check_pair, check_palettes, read_image, read_label, read_lines
 
 SILENCE = 60  # seconds after which a run gives up loader processes that give no data
+waiting: list[float] = []  # since when the main process waits for data, if it does
 # Defaults of the flags --labeled and --weights.
 DEFAULTS = {name: {"labeled": "1/8", "weights": "imagenet"} for name in layouts.FILES}
 DEFAULTS["camvid"]["labeled"], DEFAULTS["folder"]["labeled"] = "30", "1.0"
@@ -50,32 +54,31 @@ class Images(Dataset):
         sizes = {size for size, _ in checked}
         self.same_size = self.label_size is not None or len(sizes) == 1  # as a batch needs it
         large = self.label_size is not None and max(w * h for w, h in sizes) >= 2**20
-        self.cache_dir = cache_dir if large and sizes != {self.size} else None
-        self.cache: Path | None = None
-
-    def prepare(self, *, build: bool = True) -> None:
-        """Uses the cache of decoded images, if there is one; build=True first makes it."""
-        folder, self.cache_dir = self.cache_dir, None  # tried once
-        if folder is None:
-            return
-        sources = [path for pair in self.files for path in pair if path is not None]
-        path = folder / f"{cache.key(folder, sources, (self.size, self.label_table.tolist()))}.npy"
-        # More prefetching overflows the 64 MB of shared memory in a default container.
-        items = loader(self, min(16, os.cpu_count() or 1), batch_size=None, prefetch_factor=1)
-        try:
-            if build and not cache.is_sound(path):
-                cache.build(path, len(self), items)
-        except OSError as error:
-            warn(f"no cache, training will be slower: cannot write {path} ({error})")
-        self.cache = path if cache.is_sound(path) else None
+        self.cache: Path | None = None  # folder of decoded images
+        if large and sizes != {self.size}:
+            sources = [path for pair in self.files for path in pair if path is not None]
+            self.cache = cache.folder(cache_dir, sources, (self.size, label_table.tolist()))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if self.cache is not None:
-            pixels = torch.from_numpy(cache.read(self.cache, index))
-            return pixels[:3], pixels[3]
+        if self.cache is None:
+            return self._decode(index)
+        path = self.cache / f"{index}.npy"
+        try:
+            pixels = torch.from_numpy(np.load(path))
+        except Exception:  # not there yet, or damaged, for which np.load raises nearly any type
+            image, label = self._decode(index)
+            pixels = torch.cat([image, label[None]])
+            try:
+                cache.write(path, partial(np.save, arr=pixels.numpy()), f".{os.getpid()}.partial")
+            except InputError as error:
+                self.cache = None
+                warn(f"no cache of decoded images, which makes training slower: {error}")
+        return pixels[:3], pixels[3]
+
+    def _decode(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, label_path = self.files[index]
         image = read_image(image_path)
         if label_path is None:
@@ -115,15 +118,14 @@ class Data:
 
 
 def open_dataset(name: str, data_dir, *, size=None, full_labels: bool = False) -> Data:
-    """Opens "streets" or a data set of common/layouts.py; images get this size (height, width)."""
-    if name != "streets":
-        return _open_files(name, Path(data_dir or f"data/{name}"), size, full_labels)
-    train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
-    return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
+    """Opens "streets" or a data set of common/layouts.py, whose files' headers it checks.
 
-
-def _open_files(name: str, root: Path, size, full_labels: bool) -> Data:
-    """Checks the header of every file. full_labels keeps the labels of val and test as they are."""
+    Images get this size (height, width). full_labels keeps the labels of val and test as they are.
+    """
+    if name == "streets":
+        train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
+        return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
+    root = Path(data_dir or f"data/{name}")
     if not root.is_dir():
         raise InputError(f"--data-dir {root}: no such folder")
     files, table, class_names, palette = layouts.FILES[name](root)
@@ -239,7 +241,10 @@ class MicroBatches(Dataset):
         batch = np.resize(order[place * self.batch_size :][: self.batch_size], self.batch_size)
         seeds = np.random.SeedSequence((self.seed, self.stream, t)).generate_state(self.batch_size)
         places = np.arange(self.batch_size).reshape(self.count, -1)[self.micro_batches[k]]
-        pairs = [self.transform(int(seeds[i]), *self.images[int(batch[i])]) for i in places]
+        try:
+            pairs = [self.transform(int(seeds[i]), *self.images[int(batch[i])]) for i in places]
+        except InputError as error:
+            raise InputError(f"{error} at step {t + 1}") from error
         return default_collate(pairs)
 
 
@@ -256,9 +261,10 @@ def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device)
 def loader(dataset: Dataset, workers: int, **options) -> Iterator:
     """Yields what a DataLoader does. Its processes leave signals to the main process.
 
-    What they load ahead fits in a quarter of the shared memory; some containers have 64 MB.
+    What they load ahead fits in a quarter of the rank's shared memory; some containers have 64 MB.
     """
     shared = shutil.disk_usage("/dev/shm").free if workers and Path("/dev/shm").exists() else 2**40
+    shared //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if shared < 2**30:
         batch = sum(tensor.nbytes for tensor in dataset[0]) * (options["batch_size"] or 1)
         if (fitting := shared // 4 // batch) < 2 * workers:
@@ -267,9 +273,19 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
             options |= {"prefetch_factor": 1 if workers else None}
     options |= {"worker_init_fn": _start_worker, "timeout": SILENCE if workers else 0}
     try:
-        yield from DataLoader(dataset, num_workers=workers, **options)
-    except RuntimeError as error:  # a process died, or gave nothing for a minute
-        lines = str(error).strip().splitlines()  # what a process raised ends its traceback
+        waiting[:] = [time.monotonic()]
+        for batch in DataLoader(dataset, num_workers=workers, **options):
+            waiting.clear()
+            yield batch
+            waiting[:] = [time.monotonic()]
+        waiting.clear()
+    except (KeyboardInterrupt, RuntimeError) as error:
+        for process in multiprocessing.active_children():
+            process.terminate()  # torch would wait 5 seconds for each that hangs
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        # A process died, or gave nothing for a minute. What it raised ends its traceback.
+        lines = str(error).strip().splitlines()
         raise InputError(f"loading images: {lines[0]} {lines[-1]} (fewer --workers?)") from error
 
 

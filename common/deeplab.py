@@ -173,12 +173,7 @@ def load_weights(model: SegmentationResNet, source) -> Loaded:
     """Loads "imagenet" (torchvision) or a file of one of FORMATS. "none" loads nothing."""
     if str(source) == "none":
         return Loaded("none (Kaiming initialisation; batch statistics, trained affine)", [], [], [])
-    return _load(model, str(source))
-
-
-def _load(model: SegmentationResNet, source: str) -> Loaded:
-    """Renames the tensors as the network has them, checks the backbone and loads them."""
-    state, network = _read(source, model.imagenet)
+    state, network = _read(str(source), model.imagenet)
     state = {re.sub(r"\b(module|_orig_mod)\.", "", key): state[key] for key in state}
     fitting = [f for f in FORMATS if any(re.fullmatch(f[1], key) for key in state)]
     name, _, head, expects = fitting[0]

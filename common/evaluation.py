@@ -5,6 +5,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import ImageOps
 from torch import Tensor, nn
 
 from common import InputError, pictures
+from common.cache import write
 from common.datasets import Images, loader, open_dataset
 from common.layouts import IMAGE, by_stem, read_image
 
@@ -38,19 +40,38 @@ def class_iou(matrix: Tensor) -> Tensor:
 
 
 def segment(network: nn.Module, image: Tensor, size, crop=None) -> Tensor:
-    """Logits at a size, (B,3,H,W) -> (B,K,*size); with a crop, means over overlapping windows."""
+    """Classes at a size, (B,3,H,W) -> uint8 (B,*size), by logits; with a crop, by those of windows.
+
+    The logits grow to the size one class after the other: all of a photograph's take gigabytes.
+    """
     if crop is None:
-        return network.classify(network.features(image), size)
-    (height, width), total, count = image.shape[-2:], 0, 0
-    h, w = min(height, crop[0]), min(width, crop[1])
+        features = network.features(image)
+        logits = network.classify(features, features.shape[-2:])
+    else:
+        logits = _mean_logits(network, image, *crop)
+    best = logits.new_full((len(image), *size), -math.inf)
+    label = torch.zeros_like(best, dtype=torch.uint8)
+    for k, part in enumerate(logits.split(1, dim=1)):
+        value = F.interpolate(part, size, mode="bilinear", align_corners=True)[:, 0]
+        label.masked_fill_(value > best, k)
+        torch.maximum(best, value, out=best)
+    return label
+
+
+def _mean_logits(network: nn.Module, image: Tensor, h: int, w: int) -> Tensor:
+    """Means over overlapping windows of at most this size, (B,3,H,W) -> (B,K,H,W)."""
+    height, width = image.shape[-2:]
+    h, w, total, count = min(height, h), min(width, w), None, image.new_zeros(height, width)
     tops = np.linspace(0, height - h, 1 + math.ceil(1.5 * (height - h) / h), dtype=int).tolist()
     lefts = np.linspace(0, width - w, 1 + math.ceil(1.5 * (width - w) / w), dtype=int).tolist()
     for top, left in itertools.product(tops, lefts):
-        part = image[..., top : top + h, left : left + w]
-        logits = network.classify(network.features(part), (h, w))
-        padding = (left, width - left - w, top, height - top - h)
-        total, count = total + F.pad(logits, padding), count + F.pad(logits * 0 + 1, padding)
-    return F.interpolate(total / count, size, mode="bilinear", align_corners=True)
+        window = (..., slice(top, top + h), slice(left, left + w))
+        logits = network.classify(network.features(image[window]), (h, w))
+        if total is None:
+            total = logits.new_zeros(*logits.shape[:2], height, width)
+        total[window] += logits
+        count[window] += 1
+    return total.div_(count)
 
 
 @torch.no_grad()
@@ -59,8 +80,7 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
 
     Images are predicted whole and compared at the resolution of their labels. Modes are kept.
     """
-    images.prepare()
-    pixels = images[0][0][0].numel()
+    pixels = max(part.shape[-2:].numel() for part in images[0])
     batch_size = max(1, min(8, 2**22 // pixels)) if images.same_size else 1
     batches = loader(images, args.workers, batch_size=batch_size)
     modes = {name: network.training for name, network in networks.items()}
@@ -72,8 +92,8 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
             label = label.to(args.device).long()
             for name, network in networks.items():
                 network.eval()
-                logits = segment(network, image, label.shape[-2:], args.eval_crop)
-                matrices[name] += confusion_matrix(logits.argmax(1), label, num_classes).cpu()
+                found = segment(network, image, label.shape[-2:], args.eval_crop)
+                matrices[name] += confusion_matrix(found, label, num_classes).cpu()
     scores = {}
     for name, matrix in matrices.items():
         networks[name].train(modes[name])
@@ -108,17 +128,31 @@ def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False, 
         seen = [max(8, round(scale * n)) for n in own]
     seen = seen or own
     image = TF.pil_to_tensor(TF.resize(picture, seen))[None].to(device).float().div_(255)
-    logits = segment(network.eval(), image, own, crop)
-    return picture, logits.argmax(1)[0].byte().cpu().numpy()
+    return picture, segment(network.eval(), image, own, crop)[0].cpu().numpy()
 
 
 def load_state(parts: dict, checkpoint: dict) -> None:
     """Loads networks, optimizer and the like. InputError for one that does not fit."""
     for name, part in parts.items():
         try:
-            part.load_state_dict(checkpoint["state"][name])
+            saved, fresh = checkpoint["state"][name], part.state_dict()
+            part.load_state_dict(saved)
+            bad = [key for key in fresh if key not in saved and key[0] != "_"]
+            if bad or (name == "optimizer" and _steps_fail(part, fresh["param_groups"])):
+                raise ValueError(bad)
         except Exception as error:  # KeyError, RuntimeError, ValueError and more
             raise InputError(f"{checkpoint['path']}: {name} does not fit these flags") from error
+
+
+def _steps_fail(optimizer: torch.optim.Optimizer, groups: list[dict]) -> bool:
+    """Whether a loaded optimizer lacks what its next step needs. groups: those before loading."""
+    shapes = [
+        (parameter.shape, state[name].shape)
+        for parameter, state in optimizer.state.items()
+        for name in (("exp_avg", "exp_avg_sq") if "step" in state else ("momentum_buffer",))
+    ]
+    pairs = zip(groups, optimizer.param_groups, strict=True)
+    return any(a != b for a, b in shapes) or any(old.keys() - new.keys() for old, new in pairs)
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
@@ -154,9 +188,9 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     if len(set(files)) < len(files):
         raise InputError(f"--predict: results in {folder} would overwrite a picture or each other")
     headline = _load_network(recipe, args, network, args.checkpoint["headline"])
-    folder.mkdir(parents=True, exist_ok=True)
     palette, names = args.checkpoint["palette"], args.checkpoint["class_names"]
-    pictures.legend(names, palette, 480, 16).save(folder / "legend.png")
+    legend = pictures.legend(names, palette, 480, 16)
+    write(folder / "legend.png", partial(legend.save, format="PNG"))
     failed, how = False, {"keep_aspect": args.keep_aspect, "crop": args.eval_crop}
     for path in paths:
         try:
@@ -165,9 +199,10 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
             print(f"{args.method}.py: {error}", file=sys.stderr)
             failed = True
             continue
-        result, classes = folder / path.stem, pictures.colorize(prediction, palette)
-        classes.save(f"{result}.png")
-        pictures.overlay(picture, classes).save(f"{result}_overlay.png")
-        print(f"{path} -> {result}.png and {result}_overlay.png")
+        classes = pictures.colorize(prediction, palette)
+        overlay = pictures.overlay(picture, classes)
+        for image, end in ((classes, ""), (overlay, "_overlay")):
+            write(folder / f"{path.stem}{end}.png", partial(image.save, format="PNG"))
+        print(f"{path} -> {folder / path.stem}.png and {folder / path.stem}_overlay.png")
     if failed:
         sys.exit(1)

@@ -58,8 +58,8 @@ def legend(class_names: Sequence[str], palette: Sequence, width: int, text: int)
     return picture
 
 
-def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence, class_names) -> None:
-    """Writes a PNG with a column for each named batch, a row for each image, and a legend.
+def draw_samples(columns: dict[str, Tensor], palette: Sequence, class_names) -> Image.Image:
+    """Draws a column for each named batch, a row for each image, and a legend.
 
     A batch is images, float (B,3,H,W) in [0,1], masks, bool (B,H,W), or labels, int64 (B,H,W);
     "prediction", "prediction_l" and "prediction_u" are logits (B,K,H,W).
@@ -81,8 +81,7 @@ def save_samples(path: Path, columns: dict[str, Tensor], palette: Sequence, clas
         )
         place = (k * sheet.width / len(columns) + scale, 1)
         ImageDraw.Draw(whole).text(place, title, "black", ImageFont.load_default(text))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole.save(path)
+    return whole
 
 
 def _tile(values: Tensor, palette: Sequence) -> Tensor:
@@ -138,9 +137,9 @@ def _axis(values, log: bool, first: int, last: int) -> tuple[Callable, list[floa
     return lambda value: first + (convert(value) - convert(low)) / span * (last - first), ticks
 
 
-def save_curve(folder: Path) -> None:
-    """Draws the log of a run as curve.png: losses, their weights and mIoU over steps."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def draw_curve(log: Path) -> Image.Image:
+    """Draws a log.jsonl: losses, their weights and mIoU over steps."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
     titles = ("losses", "weights of losses, shares of pixels", "% mIoU")
     panels = {title: {} for title in titles}
     for entry in entries:
@@ -161,4 +160,4 @@ def save_curve(folder: Path) -> None:
     sheet = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)))
     for k, chart in enumerate(charts):
         sheet.paste(chart, (0, k * chart.height))
-    sheet.save(folder / "curve.png", optimize=True)
+    return sheet

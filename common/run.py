@@ -9,26 +9,28 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, evaluation, interrupt, pictures, ranks
-from common.datasets import Data, MicroBatches, check_classes, endless
+from common import InputError, cache, evaluation, interrupt, pictures, ranks
+from common.datasets import Data, MicroBatches, check_classes, endless, waiting
 from common.deeplab import unsound
 from common.flags import parse_args
 from common.ranks import SIGNALS, all_max
 
 SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
+PATIENCE = 5  # seconds that a run waits for data after a signal
+ALARM = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []  # not on Windows
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
     """Runs the command of a method file. A user's mistake or a signal ends it with one line."""
     for number in SIGNALS:
         signal.signal(number, interrupt)
-    args = None
     try:
         recipe, args = parse_args(method, doc, recipes, preset)
         if args.evaluate is None and args.predict is None:
@@ -47,8 +49,9 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
         line, status = "out of memory: lower --batch-size, --size, --crop or --eval-crop", 2
     except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
-        if args and isinstance(error, OSError) and error.filename is None:  # of a full disk
-            line = f"{args.output_dir}: {line}"
+    finally:
+        for number in ALARM:
+            signal.signal(number, signal.SIG_IGN)  # it would kill an interpreter that ends
     if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
         print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -91,28 +94,22 @@ class Session:
 
     def restore(self) -> int:
         """Prepares the folder, the state and the signals. Returns the first iteration."""
-        if self.args.checkpoint is not None:
-            self._load(self.args.checkpoint)
+        if checkpoint := self.args.checkpoint:
+            if checkpoint["class_names"] != list(self.data.class_names):
+                raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
+            evaluation.load_state(self.state, checkpoint)
+            self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
+            self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
         if self.first:
             self._open_folder()
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            self.data.train.prepare()
         if all_max(self.start) != self.start:
             raise InputError("--resume: ranks found different checkpoints; share the folder")
-        self.data.train.prepare(build=False)  # the other ranks of this machine find the cache
         if self.first and not self.start and self.args.dataset != "streets":
             check_classes(self.data.train, self.split[0], self.data.class_names)
-        for number in SIGNALS:
+        for number in (*SIGNALS, *ALARM):
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
         return self.start
-
-    def _load(self, checkpoint: dict) -> None:
-        if checkpoint["class_names"] != list(self.data.class_names):
-            raise InputError(f"--resume: trained on classes {checkpoint['class_names']}")
-        evaluation.load_state(self.state, checkpoint)
-        self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
-        self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
 
     def batches(self, indices: list[int], transform: Callable, *, stream: int, start: int):
         """Yields this rank's micro-batches from batch `start` on. Each stream has its own order."""
@@ -151,9 +148,13 @@ class Session:
 
     def _on_signal(self, number: int, _) -> None:
         # A second Ctrl-C waits only for a checkpoint to be written. torchrun repeats its signals.
-        if self.signal and self.args.ranks == 1 and not self.partial.exists():
-            raise KeyboardInterrupt(number, self.how * self.last.exists())
-        self.signal = number
+        again = self.signal and self.args.ranks == 1 and number in SIGNALS
+        self.signal = number if number in SIGNALS else self.signal
+        late = waiting and time.monotonic() - waiting[0] > PATIENCE
+        if late or (again and not self.partial.exists()):
+            raise KeyboardInterrupt(self.signal, self.how * self.last.exists())
+        if ALARM:
+            signal.alarm(1)  # calls this again
 
     def _open_folder(self) -> None:
         args, log, config = self.args, self.folder / "log.jsonl", self.folder / "config.json"
@@ -173,15 +174,16 @@ class Session:
             from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
             self.board = SummaryWriter(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log.touch()
         self.partial.unlink(missing_ok=True)  # of a killed run
-        # A killed run repeats the steps after its last checkpoint.
-        os.truncate(log, min(log.stat().st_size, args.checkpoint["logged"]) if self.start else 0)
-        if args.checkpoint is None or not config.exists():
-            config.write_text(json.dumps(self.config, indent=1))
-            names = "".join(f"{name}\n" for name in self.names)
-            (self.folder / "split.txt").write_text(names, "utf-8", "surrogateescape")
+        # A killed run repeats the steps after its last checkpoint. A log beside no such checkpoint
+        # is another run's.
+        own = self.start and args.checkpoint["path"].parent.resolve() == self.folder.resolve()
+        kept = log.read_bytes()[: args.checkpoint["logged"]] if own and log.exists() else b""
+        cache.write(log, lambda file: file.write(kept))
+        if not own or not config.exists():
+            names = "".join(f"{name}\n" for name in self.names).encode("utf-8", "surrogateescape")
+            cache.write(config, lambda file: file.write(json.dumps(self.config, indent=1).encode()))
+            cache.write(self.folder / "split.txt", lambda file: file.write(names))
         counts = f"{len(self.names)} labeled and {len(self.split[1])} unlabeled"
         scored = f"{len(self.images)} {self.part} images, {self.data.num_classes} classes"
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
@@ -211,8 +213,9 @@ class Session:
 
     def _append(self, done: int, entry: dict, note: str) -> None:
         """Writes an entry to log.jsonl, to TensorBoard and, with the note, to stdout."""
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"iteration": done, **entry}) + "\n")
+        line, log = json.dumps({"iteration": done, **entry}) + "\n", self.folder / "log.jsonl"
+        text = log.read_bytes() + line.encode()
+        cache.write(log, lambda file: file.write(text))
         shown = {k: 100 * v["miou"] if isinstance(v, dict) else v for k, v in entry.items()}
         for name, value in shown.items() if self.board else ():
             self.board.add_scalar(name, value, done)
@@ -223,9 +226,11 @@ class Session:
         scores = evaluation.evaluate(self.networks, self.images, self.data.num_classes, self.args)
         self.miou = scores[self.headline]["miou"]
         self._append(done, scores, f"% mIoU on {len(self.images)} {self.part} images")
-        pictures.save_curve(self.folder)
+        curve = pictures.draw_curve(self.folder / "log.jsonl")
+        cache.write(self.folder / "curve.png", partial(curve.save, format="PNG"))
+        sheet = pictures.draw_samples(columns, self.data.palette, self.data.class_names)
         path = self.folder / f"samples/{done:06d}.png"
-        pictures.save_samples(path, columns, self.data.palette, self.data.class_names)
+        cache.write(path, partial(sheet.save, format="PNG"))
         self.clock = time.perf_counter()  # the seconds of a run are those of its training
         if done < self.recipe.iterations:
             return
@@ -240,7 +245,8 @@ class Session:
             "steps_per_second": round(self.recipe.iterations / self.seconds, 3),
             "gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
         }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        text = json.dumps(result, indent=1).encode()
+        cache.write(self.folder / "result.json", lambda file: file.write(text))
         print(evaluation.iou_table(scores, self.data.class_names))
         print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU")
 
@@ -259,12 +265,4 @@ class Session:
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
         self.saved = time.perf_counter()
-        try:
-            with self.partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                os.fsync(file.fileno())  # a power failure could leave an empty file
-            os.replace(self.partial, self.last)
-        except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
-            self.partial.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) else error.__context__ or error
-            raise InputError(f"{self.last}: cannot be written ({cause})") from error
+        cache.write(self.last, partial(torch.save, checkpoint))

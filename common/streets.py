@@ -423,9 +423,6 @@ class Scenes(Dataset):
         self.images = torch.from_numpy(images).movedim(3, 1).contiguous()
         self.labels = torch.from_numpy(labels)
 
-    def prepare(self, *, build: bool = True) -> None:
-        """Does nothing: there is nothing to decode."""
-
     def __len__(self) -> int:
         return len(self.names)
 

@@ -234,9 +234,11 @@ def folder(tmp_path):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Puts the signal handlers back that a command replaces."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Puts the signal handlers back that a command replaces, and stops its alarm."""
+    used = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    kept = {number: signal.getsignal(number) for number in used}
     yield
+    signal.alarm(0)
     for number, handler in kept.items():
         signal.signal(number, handler)
 

@@ -1,16 +1,15 @@
-"""The decoded cache, on generated files of Cityscapes' size."""
+"""Decoded images on disk, on generated files of Cityscapes' size."""
 
 import os
+import resource
 import shutil
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import problems, publish, same_state, write_cityscapes
+from conftest import finish, problems, publish, same_state, start, write_cityscapes
 from PIL import Image
 
-from common import cache
 from common.datasets import open_dataset
 
 SIZE = (64, 128)
@@ -30,141 +29,98 @@ def tree(written, tmp_path, monkeypatch):
     return shutil.copytree(written, tmp_path / "data")
 
 
-def prepared(tree, size=SIZE, prepare=True):
-    train = open_dataset("cityscapes", tree, size=size).train
-    if prepare:
-        train.prepare()
-    return train
+def open_train(tree, size=SIZE):
+    return open_dataset("cityscapes", tree, size=size).train
 
 
 def made(tree):
-    return sorted(tree.glob(".cache-*/train/*"))
+    return sorted((tree / ".cache-64x128/train").glob("*/*"))
 
 
-def test_the_cache_holds_what_direct_reading_gives(tree, capsys):
-    train, direct = prepared(tree), prepared(tree, prepare=False)
-    printed = capsys.readouterr().out
-    assert "3/3 images" in printed and printed.endswith("\n") and printed.count("\n") == 1
-    assert made(tree) == [train.cache] and direct.cache is None
-    torch.testing.assert_close([*train], [*direct])
-    image = Image.open(direct.files[1][0])
+def stamps(tree):
+    return [path.stat().st_mtime_ns for path in made(tree)]
+
+
+def test_decoded_images_are_what_direct_reading_gives(tree):
+    train = open_train(tree)
+    assert made(tree) == []
+    decoded = [*train]
+    assert [path.name for path in made(tree)] == ["0.npy", "1.npy", "2.npy"]
+    before = stamps(tree)
+    torch.testing.assert_close([*open_train(tree)], decoded)
+    assert stamps(tree) == before
+    image = Image.open(train.files[1][0])
     wanted = np.asarray(image.resize(SIZE[::-1], Image.Resampling.BILINEAR))
     assert image.size == (2048, 1024) and np.array_equal(train[1][0].movedim(0, 2), wanted)
-    label = Image.fromarray(direct.label_table[np.asarray(Image.open(direct.files[1][1]))])
+    label = Image.fromarray(train.label_table[np.asarray(Image.open(train.files[1][1]))])
     wanted = np.asarray(label.resize(SIZE[::-1], Image.Resampling.NEAREST))
     assert np.array_equal(train[1][1], wanted)
 
 
-def test_a_cache_is_used_until_a_file_a_label_table_or_the_size_changes(tree):
-    first = prepared(tree).cache
-    stamp = first.stat().st_mtime_ns
-    assert prepared(tree).cache == first and first.stat().st_mtime_ns == stamp
+def test_what_is_stale_is_removed(tree):
+    first = made(tree) or ([*open_train(tree)] and made(tree))
     moved = tree.rename(tree.with_name("moved"))
-    assert prepared(moved).cache.name == first.name
-    path = next(moved.rglob("train?_000002*_leftImg8bit.png"))
+    train = open_train(moved)
+    assert [path.name for path in made(moved)] == [path.name for path in first]
+    assert train.cache.name == first[0].parent.name
+    path = train.files[2][0]
+    before = path.stat()
     Image.new("RGB", (2048, 1024), (9, 8, 7)).save(path)
-    train = prepared(moved)
-    second, index = train.cache, [image for image, _ in train.files].index(path)
-    assert [plane.unique().tolist() for plane in train[index][0]] == [[9], [8], [7]]
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    third, train = prepared(moved).cache, prepared(moved, prepare=False)
-    train.label_table = np.where(train.label_table == 0, 1, train.label_table)
-    train.prepare()
-    assert len({place.name for place in (first, second, third, train.cache)}) == 4
-    assert not (torch.stack([train[k][1] for k in range(3)]) == 0).any()
-    assert made(moved) == [train.cache]  # the others are gone
-    assert prepared(moved, (32, 64))[0][0].shape == (3, 32, 64)
+    train = open_train(moved)
+    assert made(moved) == [] and [p.unique().tolist() for p in train[2][0]] == [[9], [8], [7]]
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert open_train(moved).cache != train.cache
+    assert open_train(moved, (32, 64))[0][0].shape == (3, 32, 64)
 
 
-def test_only_large_images_that_are_resized_are_cached(tree, tmp_path):
+def test_only_large_images_that_are_resized_are_kept(tree, tmp_path):
     small = write_cityscapes(tmp_path / "small", size=(512, 1024))
     cases = ((small, SIZE, False), (tree, None, False), (tree, (1024, 2048), False))
     for root, size, full_labels in (*cases, (tree, SIZE, True)):
         data = open_dataset("cityscapes", root, size=size, full_labels=full_labels)
-        data.val.prepare()
-        assert data.val.cache is None and made(root) == []
-    image, label = data.val[0]
+        image, label = data.val[0]
+        assert data.val.cache is None and not list(root.glob(".cache*"))
     assert image.shape == (3, *SIZE) and label.shape == (1024, 2048)
 
 
-def test_where_a_cache_cannot_be_written_files_are_read_directly(tree, capsys):
-    (tree / ".cache-64x128").write_text("a file")
-    train = prepared(tree)
+@pytest.mark.parametrize("full", [False, True])
+def test_where_they_cannot_be_written_files_are_read_directly(tree, capsys, full):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full:  # no file may grow beyond 20 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    else:
+        (tree / ".cache-64x128").write_text("a file")
+    try:
+        decoded = [*open_train(tree)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     errors = capsys.readouterr().err
     assert errors.startswith("warning: no cache") and errors.count("\n") == 1
-    assert train.cache is None
-    torch.testing.assert_close([*train], [*prepared(tree, prepare=False)])
-    train.prepare()  # tried once
-    assert capsys.readouterr().err == ""
+    assert ".npy: cannot be written" in errors and made(tree) == []
+    if full:
+        torch.testing.assert_close([*open_train(tree)], decoded)
 
 
-def items(before=lambda: None):
-    """Yields three pairs of image and label, and calls before() first each time."""
-    for k in range(3):
-        before()
-        yield np.full((3, 4, 6), k + 1, np.uint8), np.full((4, 6), 2 * k + 2, np.uint8)
+@pytest.mark.parametrize("length", [0, 60, 150, 32_000])  # 128 bytes of header, 32 kB of pixels
+def test_a_damaged_one_is_decoded_again(tree, length):
+    decoded = [*open_train(tree)]
+    os.truncate(made(tree)[1], length)
+    torch.testing.assert_close([*open_train(tree)], decoded)
+    assert made(tree)[1].stat().st_size == made(tree)[0].stat().st_size > 32_000
 
 
-def holds_items(place):
-    wanted = [np.concatenate((image, label[None])) for image, label in items()]
-    np.testing.assert_equal([cache.read(place, k) for k in range(3)], wanted)
+def test_a_run_decodes_each_image_once(command, tree, tmp_path):
+    flags = (*SMALL.split(), tree, "--iterations", 4, "--workers", 1, "--output-dir")
+    assert command("classmix", *flags, tmp_path / "first")[0] == 0
+    before = stamps(tree)
+    assert command("classmix", *flags, tmp_path / "second")[0] == 0
+    assert len(made(tree)) == 3 and stamps(tree) == before
+    same_state(tmp_path / "first", tmp_path / "second")
 
 
-@pytest.mark.parametrize("length", [0, 60, 150, 415])  # 128 bytes of header, 288 of pixels
-def test_a_damaged_cache_is_told_and_replaced(tmp_path, length):
-    place = tmp_path / "cache/key.npy"
-    assert not cache.is_sound(place)
-    cache.build(place, 3, items())
-    assert place.stat().st_size == 416
-    os.truncate(place, length)
-    assert not cache.is_sound(place)
-    cache.build(place, 3, items())
-    assert cache.is_sound(place) and list(place.parent.iterdir()) == [place]
-    holds_items(place)
-
-
-def test_a_build_that_is_stopped_leaves_nothing(tmp_path):
-    stop = mock.Mock(side_effect=[None, None, KeyboardInterrupt])
-    with pytest.raises(KeyboardInterrupt):
-        cache.build(tmp_path / "cache/key.npy", 3, items(stop))
-    assert list(tmp_path.glob("cache/*")) == []
-
-
-@pytest.mark.parametrize("moment", [1, 2, 3])
-def test_two_builders_at_once_both_end_with_a_sound_cache(tmp_path, moment):
-    """The second one builds the whole cache while the first one decodes this image."""
-
-    def build_too():
-        assert place.exists() == (len(began) >= moment)
-        began.append(None)
-        if len(began) == moment:
-            cache.build(place, 3, items())
-            holds_items(place)
-
-    began, place = [], tmp_path / "cache/key.npy"
-    cache.build(place, 3, items(build_too))
-    holds_items(place)
-    assert list(place.parent.iterdir()) == [place]
-
-
-def test_a_run_decodes_each_image_once_on_a_machine(command, tree, tmp_path, monkeypatch):
-    args = (*SMALL.split(), tree, "--iterations", 2, "--workers", 1, "--output-dir")
-    (tree / ".cache-64x128").write_text("a file")  # the first run has to decode in each step
-    for local_rank, decoded in ((0, 0), (0, 2), (1, 0)):  # training and validation images
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        out = tmp_path / f"{local_rank}{decoded}"
-        status, printed, _ = command("classmix", *args, out)
-        assert status == 0 and printed.count("decoding") == decoded
-        if not decoded and not local_rank:
-            (tree / ".cache-64x128").unlink()
-    same_state(tmp_path / "00", tmp_path / "02")
-    same_state(tmp_path / "00", tmp_path / "10")
-
-
-def test_a_damaged_source_leaves_no_cache(command, tree, tmp_path):
+def test_a_damaged_source_is_one_line(tree, tmp_path):
     path = next(tree.rglob("train?_000001*_leftImg8bit.png"))
     path.write_bytes(path.read_bytes()[:9000])
-    status, _, errors = command("classmix", *SMALL.split(), tree, "--output-dir", tmp_path)
-    (line,) = problems(errors)
-    assert status == 2 and line.startswith(f"classmix.py: {path}: a damaged file")
-    assert made(tree) == []
+    status, _, errors = finish(start("classmix.py", *SMALL.split(), tree, "--output-dir", tmp_path))
+    assert status == 2 and errors.count("\nclassmix.py: ") == 1
+    assert problems(errors)[-1].startswith(f"classmix.py: {path}: a damaged file")

@@ -119,10 +119,10 @@ def test_scenes_and_images_have_the_same_interface(folder, monkeypatch, tmp_path
     scenes = open_dataset("streets", None, size=(32, 64)).train
     images = open_dataset("folder", folder, size=(32, 64)).train
     shared = {name for name in dir(scenes) if not name.startswith("_")} - {"images", "labels"}
-    assert shared == {"names", "files", "has_label", "same_size", "prepare"}
+    assert shared == {"names", "files", "has_label", "same_size"}
     for part in (scenes, images):
         assert len(part) == len(part.names) == len(part.files) == len(part.has_label)
-        assert part.names == sorted(set(part.names)) and part.same_size and not part.prepare()
+        assert part.names == sorted(set(part.names)) and part.same_size
         for image, label in (part[0], part[len(part) - 1]):
             assert (image.dtype, image.shape) == (torch.uint8, (3, 32, 64))
             assert (label.dtype, label.shape) == (torch.uint8, (32, 64))

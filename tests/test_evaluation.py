@@ -82,7 +82,7 @@ def test_windows_cover_the_image(crop):
     found = evaluation.segment(network, image, (96, 128), crop)
     whole = network.classify(image, (48, 64))
     wanted = F.interpolate(whole, (96, 128), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(found, wanted)
+    assert found.shape == (2, 96, 128) and (found == wanted.argmax(1)).float().mean() > 0.999
     assert set(seen) == {(min(48, crop[0]), min(64, crop[1]))}
 
 
@@ -130,7 +130,7 @@ def test_an_overlay_shows_picture_classes_and_borders():
     assert row == 3 * [[140, 60, 60]] + [[0, 0, 0]] + 2 * [[60, 140, 60]]
 
 
-def test_a_sheet_shows_images_labels_masks_and_a_legend(tmp_path):
+def test_a_sheet_shows_images_labels_masks_and_a_legend():
     palette = [(255, 0, 0), (0, 255, 0)]
     columns = {
         "image": torch.full((2, 3, 8, 16), 0.2),
@@ -138,8 +138,7 @@ def test_a_sheet_shows_images_labels_masks_and_a_legend(tmp_path):
         "mask": torch.tensor([True, False]).view(2, 1, 1).expand(2, 8, 16),
         "prediction": torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(2, 2, 8, 16),
     }
-    pictures.save_samples(tmp_path / "s/sheet.png", columns, palette, ("car", "road"))
-    sheet = np.asarray(Image.open(tmp_path / "s/sheet.png").convert("RGB"))
+    sheet = np.asarray(pictures.draw_samples(columns, palette, ("car", "road")))
     grey, red, green, black, white = 3 * [51], [255, 0, 0], [0, 255, 0], 3 * [0], 3 * [255]
     top = int(((sheet == 51).all(2).sum(1) > 200).argmax())  # the first row of the images
     width, height = sheet.shape[1] // 4, 16 * (8 + 2)  # enlarged 16 times
@@ -169,9 +168,9 @@ def test_a_run_s_curve_has_what_its_log_has(tmp_path):
     entries.append({"iteration": 3, **scores})
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with mock.patch.object(pictures, "draw_chart", wraps=pictures.draw_chart) as drawn:
-        pictures.save_curve(tmp_path)
+        curve = pictures.draw_curve(tmp_path / "log.jsonl")
     lines = {name: line for call in drawn.call_args_list for name, line in call.args[0].items()}
     assert lines.keys() == {"loss_l", "lambda", "student", "teacher"}
     assert lines["lambda"][:2] == ([1, 2, 3], [0.25, 0.5, 0.75])
     assert lines["teacher"][:2] == ([3], [50])
-    assert Image.open(tmp_path / "curve.png").height == 3 * 260
+    assert curve.height == 3 * 260

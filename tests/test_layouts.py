@@ -204,7 +204,7 @@ BAD_TREES = [
     ("voc", lambda r: one(r, "val.txt").unlink(), "val.txt: no such file"),
     ("voc", lambda r: one(r, "val.txt").write_text("nobody"), "nobody has no image"),
     ("voc", lambda r: one(r, "2007_000007.png").unlink(), "2007_000007 has no label"),
-    ("voc", use_mat(0, b"MAT"), "2007_000000.mat: an empty file"),
+    ("voc", use_mat(0, b"MAT"), "2007_000000.mat: a damaged file, an empty file"),
     ("voc", use_mat(0, b""), "2007_000000.mat: a damaged file"),
     ("voc", use_mat(1), "2007_000001.mat: (60, 40) pixels"),
     ("voc", use_mat(6), "2007_000006 has no label"),  # only PNG masks serve for validation

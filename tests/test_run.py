@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -175,31 +174,36 @@ def test_loader_processes_end_with_the_command(args, camvid, tmp_path, end):
         assert status == 143 and "--resume" in line and (tmp_path / "run/last.pt").exists()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(refused, args, tmp_path, monkeypatch):
-    """Files may not grow beyond 4 kB after the first checkpoint."""
-
-    class Filling(run.Session):
-        def end_step(self, iteration, pictures):
-            if iteration == 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-            super().end_step(iteration, pictures)
-
+@pytest.mark.parametrize(
+    "name", ["config.json", "log.jsonl", "samples/000008.png", "result.json", "last.pt", "0.png"]
+)
+def test_a_full_disk_is_one_line_that_names_the_file(
+    command, refused, args, camvid, tmp_path, monkeypatch, name
+):
+    """From the moment when this file is opened (of some, their second version), none may grow."""
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    steps = ("--save-every", 2, "--eval-every", 8, "--iterations", 8)
-    monkeypatch.setattr(classmix, "train", partial(classmix.train, make_session=Filling))
+
+    def opened(path, mode="r", open=Path.open):
+        second = name not in ("last.pt", "log.jsonl") or (out / name).exists()
+        if path.name.startswith(Path(name).name) and second:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        return open(path, mode)
+
+    flags = (*args, "--save-every", 2, "--eval-every", 8, "--iterations", 8, "--output-dir", out)
+    if name == "0.png":
+        assert command("classmix", *flags)[0] == 0
+        Image.new("RGB", (64, 48)).save(camvid / "0.png")
+        flags = ("--predict", out / "last.pt", camvid / "0.png", "--out", out)
+    monkeypatch.setattr(Path, "open", opened)
     try:
-        line = refused(*args, *steps, "--output-dir", out)
+        line = refused(*flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert line == f"classmix.py: {out}/last.pt: cannot be written ([Errno 27] File too large)\n"
-    assert not list(out.glob("*.partial"))
-    assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 2
-
-
-def test_a_full_disk_is_named_whatever_is_written(refused, args, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "save", mock.Mock(side_effect=OSError(28, "No space left")))
-    line = refused(*args, "--iterations", 1, "--output-dir", tmp_path / "run")
-    assert line == f"classmix.py: {tmp_path}/run: [Errno 28] No space left\n"
+    assert line == f"classmix.py: {out}/{name}: cannot be written ([Errno 27] File too large)\n"
+    assert not [*out.rglob("*.partial")]
+    assert (out / name).exists() == (name in ("last.pt", "log.jsonl"))
+    if name == "last.pt":
+        assert torch.load(out / "last.pt", weights_only=True)["iteration"] == 2
 
 
 def test_a_teacher_that_is_not_finite_is_not_saved(refused, args, tmp_path, monkeypatch):
@@ -374,6 +378,12 @@ BAD_CHECKPOINTS = [
     ("state/student", REMOVED, "student"),
     ("state/student/conv1.weight", torch.ones(4), "student does not fit"),
     ("state/student/bn1.bias", torch.tensor([1, torch.nan, 1, 1]), "student.bn1.bias is not f"),
+    # Only --resume reads these.
+    ("state/optimizer/state", REMOVED, "optimizer does not fit"),
+    ("state/optimizer/state/0/exp_avg", torch.ones(3), "optimizer does not fit"),
+    ("state/optimizer/state/1/step", REMOVED, "optimizer does not fit"),
+    ("state/optimizer/param_groups/0/betas", REMOVED, "optimizer does not fit"),
+    ("state/schedule/last_epoch", REMOVED, "schedule does not fit"),
 ]
 
 
@@ -382,7 +392,7 @@ def change(path: Path, place: str, value) -> None:
     part = checkpoint = torch.load(path, weights_only=True)
     *above, name = place.split("/")
     for key in above:
-        part = part[key]
+        part = part[int(key) if key.isdigit() else key]
     del part[name]
     part |= {} if value is REMOVED else {name: value}
     torch.save(checkpoint, path)
@@ -393,7 +403,9 @@ def test_every_use_of_a_checkpoint_checks_it(refused, trained, camvid, place, va
     last = trained / "last.pt"
     change(last, place, value)
     picture = ("--predict", last, camvid / "train/000.png", "--out", trained / "out")
-    for line in (refused("--resume", last), refused("--evaluate", last), refused(*picture)):
+    uses = (("--resume", last), ("--evaluate", last), picture)
+    for use in uses[: 1 if "optimizer" in place or "schedule" in place else 3]:
+        line = refused(*use)
         assert line.startswith(f"classmix.py: {last}: ") and expected in line
     assert not (trained / "out").exists()
 
@@ -414,6 +426,26 @@ def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
     assert parse("--resume", last)[0].warmup == classmix.RECIPES["camvid"].warmup == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {last}: ") and "without --warmup 0" in line
+
+
+def test_a_resume_that_is_killed_before_it_logs(command, trained, monkeypatch):
+    log = trained / "log.jsonl"
+    before = log.read_bytes()
+    log.write_bytes(before + b'{"iteration": 3}\n')  # after the checkpoint
+    monkeypatch.setattr(run.Session, "_append", mock.Mock(side_effect=KeyboardInterrupt))
+    command("classmix", "--resume", trained / "last.pt")
+    assert before and log.read_bytes() == before
+
+
+def test_resuming_into_another_folder_keeps_nothing_of_another_run(command, trained, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("log.jsonl", "config.json", "split.txt"):
+        (other / name).write_text("another run\n" * 99)
+    assert command("classmix", "--resume", trained / "last.pt", "--output-dir", other)[0] == 0
+    assert read_log(other) == []
+    for name in ("config.json", "split.txt"):
+        assert (other / name).read_text().count("another run") == 0
 
 
 # ---- Evaluating and predicting ----

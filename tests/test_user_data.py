@@ -1,7 +1,10 @@
 """Other people's data: nothing is silently wrong, left out or stuck. Each test makes its own."""
 
+import contextlib
 import os
+import re
 import shutil
+import signal
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from conftest import problems
 from PIL import Image
 
+import common.run
 from common import InputError, datasets, evaluation
 from common.datasets import loader, open_dataset
 
@@ -238,6 +242,7 @@ class Slow(torch.utils.data.Dataset):
 def test_loaders_stay_within_shared_memory(monkeypatch, capsys):
     usage, made = namedtuple("usage", "free"), []
     real = datasets.DataLoader
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
     def make(*args, **options):
         made.append((options["num_workers"], options.get("prefetch_factor", 2)))
@@ -245,10 +250,43 @@ def test_loaders_stay_within_shared_memory(monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "DataLoader", make)
     for free, expected in ((2**40, (4, 2)), (64, (4, 2)), (14, (3, 1)), (1, (0, None))):
-        monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _, free=free: usage(free * 2**20))
+        both = usage(2 * free * 2**20)  # for the two ranks of this machine
+        monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _, both=both: both)
         assert len(list(loader(Slow(), 4, batch_size=None))) == 4
         assert made[-1] == expected
         assert ("MB of shared memory" in capsys.readouterr().err) == (free < 16)
+
+
+@pytest.mark.parametrize(("workers", "number"), [(0, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_is_obeyed_while_data_do_not_come(run, tmp_path, monkeypatch, workers, number):
+    """One process asks for the end and then reads for ever; the others only do that."""
+    main, last, read = os.getpid(), tmp_path / "run/last.pt", datasets.read_image
+
+    def hang(path, *more):
+        if last.exists():
+            with contextlib.suppress(FileExistsError):
+                (tmp_path / "asked").touch(exist_ok=False)
+                time.sleep(1)  # the run uses what the others have read before
+                os.kill(main, number)
+            time.sleep(60)
+        return read(path, *more)
+
+    monkeypatch.setattr(datasets, "read_image", hang)
+    monkeypatch.setattr(common.run, "PATIENCE", 1)
+    began = time.monotonic()
+    status, _, errors = run("--save-every", 1, "--iterations", 90, "--workers", workers)
+    stopped = f"stopped by {number.name}; continue with --resume {last}"
+    assert (status, problems(errors)) == (128 + number, [f"classmix.py: {stopped}"])
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_goes_bad_is_named_with_its_step(run, folder, monkeypatch, workers):
+    bad = folder / "images/train/street 7.jpg"
+    bad.write_bytes(bad.read_bytes()[:-200])  # its header is sound
+    status, _, errors = run("--iterations", 9, "--workers", workers)
+    (line,) = problems(errors)
+    assert status == 2 and re.match(rf"classmix.py: {bad}: a damaged file, .* at step \d$", line)
 
 
 @pytest.mark.parametrize("act", [lambda: os._exit(1), lambda: time.sleep(9)])
