@@ -411,27 +411,79 @@ def sigmoid_ramp(iteration: int, length: int) -> float:
 # ---- to here ----
 
 
-# Colour operations of RandAugment (Cubuk et al. 2020): uint8 (B,3,H,W), r in [0,1] -> same.
-OPERATIONS = {
-    "auto-contrast": lambda image, _: TF.autocontrast(image),
-    "equalize": lambda image, _: TF.equalize(image),
-    "invert": lambda image, _: TF.invert(image),
-    "posterize": lambda image, r: TF.posterize(image, int(4 * r)),  # bits that stay
-    "solarize": lambda image, r: torch.where(image.int() >= int(256 * r), 255 - image, image),
-    "solarize-add": lambda image, r: torch.where(image < 128, image + int(110 * r), image),
-    "color": lambda image, r: TF.adjust_saturation(image, 1.8 * r + 0.1),
-    "contrast": lambda image, r: TF.adjust_contrast(image, 1.8 * r + 0.1),
-    "brightness": lambda image, r: TF.adjust_brightness(image, 1.8 * r + 0.1),
-    "sharpness": lambda image, r: TF.adjust_sharpness(image, 1.8 * r + 0.1),
+# Changes of whole colours 0-255: float (B,3,H,W), numbers (B,N,1,1) of each image -> (B,3,H,W).
+# Up to rounding they are torchvision's of 8 bits, but each image has its numbers, and none waits.
+def blend(image: Tensor, row: Tensor) -> Tensor:
+    """Mixes image and grey: row[:, 0] is the image's weight, row[:, 2:] are those of RGB in grey.
+
+    Where row[:, 1] is 1, grey is that of each pixel, else the mean. Three weights of 0: black.
+    """
+    grey = (row[:, None, 2:, 0, 0] @ image.flatten(2)).view_as(image[:, :1]).floor_()
+    target = torch.lerp(grey.mean((2, 3), keepdim=True), grey, row[:, 1:2])
+    return target.lerp(image, row[:, :1]).clamp_(0, 255).floor_()
+
+
+def turn_hue(image: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue. shift: sixths of a turn from red to the complement of red, green and blue."""
+    red, green, blue = image.split(1, 1)
+    low, high = image.aminmax(dim=1, keepdim=True)
+    spread = (high - low).clamp_(min=1e-4)  # grey has none
+    angle = (green + blue).sub_(red).sub_(low).div_(spread).add_(1)  # from red, in sixths
+    share = (angle.copysign_(green - blue) + shift).remainder_(6).sub_(3).abs_().clamp_(1, 2)
+    return torch.addcmul(low - spread, spread, share).mul_(255.999 / 255).floor_()
+
+
+def sharpen(image: Tensor, weight: Tensor) -> Tensor:
+    """Mixes all but the border with smooth colours: 5/13 of a pixel and 1/13 of each neighbour."""
+    inner = image[..., 1:-1, 1:-1]
+    smooth = F.avg_pool2d(image, 3, stride=1).lerp_(inner, 4 / 13).round_()
+    inner.copy_(smooth.lerp_(inner, weight).clamp_(0, 255).floor_())
+    return image
+
+
+def look_up(image: Tensor, table: Tensor) -> Tensor:
+    """Replaces each colour by the number that the image's table, (B,256,1,1), has for it."""
+    return table.flatten(1).gather(1, image.flatten(1).long()).view_as(image)
+
+
+def stretch(image: Tensor, _) -> Tensor:
+    """Stretches the colours of each channel to 0-255, unless all are equal."""
+    low, high = (bound[..., None] for bound in image.flatten(2).aminmax(dim=2, keepdim=True))
+    spread = (high - low).mul_(1 / 255)
+    return torch.where(spread > 0, (image - low).div_(spread).floor_(), image)
+
+
+def equalize(image: Tensor, _) -> Tensor:
+    """TF.equalize, which neither waits nor has numbers."""
+    return TF.equalize(image.byte()).float()
+
+
+GREY = (0.2989, 0.587, 0.114)
+JITTER = {
+    "brightness": lambda factor: (blend, (factor, 0, 0, 0, 0)),
+    "contrast": lambda factor: (blend, (factor, 0, *GREY)),
+    "saturation": lambda factor: (blend, (factor, 1, *GREY)),
+    "hue": lambda turn: (turn_hue, (6 * turn, 6 * turn + 4, 6 * turn + 2)),
 }
+# RandAugment (Cubuk et al. 2020): strength in [0,1] -> change and its numbers.
+OPERATIONS = {
+    "auto-contrast": lambda r: (stretch, (r,)),
+    "equalize": lambda r: (equalize, (r,)),
+    "invert": lambda _: (look_up, range(255, -1, -1)),
+    "posterize": lambda r: (look_up, [x & (-256 >> int(4 * r)) for x in range(256)]),  # 4 r bits
+    "solarize": lambda r: (look_up, [255 - x if x >= int(256 * r) else x for x in range(256)]),
+    "solarize-add": lambda r: (look_up, [x + int(110 * r) * (x < 128) for x in range(256)]),
+    "color": lambda r: JITTER["saturation"](1.8 * r + 0.1),
+    "contrast": lambda r: JITTER["contrast"](1.8 * r + 0.1),
+    "brightness": lambda r: JITTER["brightness"](1.8 * r + 0.1),
+    "sharpness": lambda r: (sharpen, (1.8 * r + 0.1,)),
+}
+# Three blends before or after the hue make room for each order of the jitter.
+ORDER = 3 * [blend] + [turn_hue] + 3 * [blend] + [look_up, sharpen, stretch, equalize]
 
 
 def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
-    """RandAugment for one image: names of operations and their strengths in [0,1].
-
-    Each is drawn with replacement and done with a probability. The magnitude is normal with a
-    standard deviation of 0.5 and clamped to [0, 10].
-    """
+    """RandAugment for one image: names of operations and their strengths in [0,1]."""
     drawn = []
     for _ in range(recipe.operations):
         name = list(OPERATIONS)[torch.randint(len(OPERATIONS), ()).item()]
@@ -441,26 +493,48 @@ def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
     return drawn
 
 
-def color_view(recipe: Recipe, view: str, seed: int, image: Tensor) -> Tensor:
+def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
+    """Draws the changes of each image of a view: the jitter in random order, then RandAugment."""
+    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
+    images = []
+    for drawn in [jitter.make_params([]) for _ in range(count)]:
+        factors = [(change, drawn[f"{name}_factor"]) for name, change in JITTER.items()]
+        ordered = (factors[k] for k in drawn["fn_idx"])
+        images.append([change(factor) for change, factor in ordered if factor is not None])
+    for changes in images if view == "strong" else ():
+        changes += [OPERATIONS[name](strength) for name, strength in draw_operations(recipe)]
+    return images
+
+
+def recolor(image: Tensor, changes: list[list[tuple]]) -> Tensor:
+    """Does the changes of each image in their order: float (B,3,H,W), 0-255 -> same."""
+    left, rounds, images = [list(own) for own in changes], [], dict(enumerate(image))
+    while any(left):
+        for change in ORDER:  # images for which it is the next one do it together
+            chosen = [k for k, own in enumerate(left) if own and own[0][0] is change]
+            if chosen:
+                rounds.append((change, chosen, [left[k].pop(0)[1] for k in chosen]))
+    table = torch.tensor([x for *_, rows in rounds for row in rows for x in row]).float()
+    table = table.pin_memory() if image.is_cuda else table  # so that the copy does not wait
+    sizes = [len(rows) * len(rows[0]) for *_, rows in rounds]
+    table = table.to(image.device, non_blocking=True).split(sizes)
+    for (change, chosen, rows), numbers in zip(rounds, table, strict=True):
+        batch = torch.stack([images[k] for k in chosen])
+        batch = change(batch, numbers.view(len(rows), -1, 1, 1))
+        images |= zip(chosen, batch, strict=True)
+    return torch.stack(list(images.values()))
+
+
+def color_view(recipe: Recipe, view: str, seeds: list[int], image: Tensor) -> Tensor:
     """A-hat of section 3.2, for each image on its own: float (B,3,H,W) in [0,1] -> same.
 
     "weak" changes nothing, "jitter" jitters colours, "strong" also does RandAugment's operations.
-    Colours have 8 bits, as with PIL.
+    Colours have 8 bits, as with PIL. Each seed is that of an equal share of the images.
     """
     if view == "weak":
         return image
-    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
-
-    def change(batch: Tensor) -> Tensor:
-        """Colours of uint8 images (B,3,H,W)."""
-        images = [jitter(image) for image in batch]
-        drawn = [draw_operations(recipe) if view == "strong" else [] for _ in images]
-        for k, operations in enumerate(drawn):
-            for name, strength in operations:
-                images[k] = OPERATIONS[name](images[k], strength)
-        return torch.stack(images)
-
-    return seeded(change, seed, image.mul(255).round().byte()).float().div(255)
+    draws = [seeded(draw_changes, s, recipe, view, len(image) // len(seeds)) for s in seeds]
+    return recolor(image.mul(255).round_(), [own for drawn in draws for own in drawn]).div_(255)
 
 
 class Network(DeepLabV2):
@@ -537,16 +611,18 @@ def label_groups(recipe: Recipe, teacher, regions, images: dict[int, Tensor], se
     images maps a group to its unlabeled images. seed(group, purpose) seeds the colours. The
     thresholds are updated once, with the images of all groups and ranks.
     """
-    strong, prob, confidence, label, embedding = {}, {}, {}, {}, {}
-    for k, image in images.items():
-        strong[k] = color_view(recipe, recipe.student_view, seed(k, "student"), image)
-        weak = color_view(recipe, recipe.teacher_view, seed(k, "teacher"), image)
-        prob[k], confidence[k], label[k], embedding[k] = label_images(teacher, weak)
+    batch, prob, confidence, label, embedding = torch.cat(list(images.values())), {}, {}, {}, {}
+    strong, weak = (
+        color_view(recipe, view, [seed(k, name) for k in images], batch).chunk(len(images))
+        for name, view in (("student", recipe.student_view), ("teacher", recipe.teacher_view))
+    )
+    for k, image in zip(images, weak, strict=True):
+        prob[k], confidence[k], label[k], embedding[k] = label_images(teacher, image)
     all_confidence = ranks.gather(torch.cat(list(confidence.values())))
     regions.update(all_confidence, ranks.gather(torch.cat(list(label.values()))))
     for k in images:
         label[k] = label[k].masked_fill(~regions.confident(confidence[k], label[k]), 255)
-    return {k: (strong[k], prob[k], label[k], embedding[k]) for k in images}
+    return {k: (s, prob[k], label[k], embedding[k]) for k, s in zip(images, strong, strict=True)}
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> int:
