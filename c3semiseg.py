@@ -428,8 +428,9 @@ def turn_hue(image: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = image.split(1, 1)
     low, high = image.aminmax(dim=1, keepdim=True)
     spread = (high - low).clamp_(min=1e-4)  # grey has none
-    angle = (green + blue).sub_(red).sub_(low).div_(spread).add_(1)  # from red, in sixths
-    share = (angle.copysign_(green - blue) + shift).remainder_(6).sub_(3).abs_().clamp_(1, 2)
+    angle = (green + blue).sub_(red).sub_(low).div_(spread).add_(1)  # sixths of a turn from red
+    angle.copysign_(green - blue)  # to green or to blue
+    share = (angle + shift).remainder_(6).sub_(3).abs_().clamp_(1, 2)
     return torch.addcmul(low - spread, spread, share).mul_(255.999 / 255).floor_()
 
 
