@@ -61,10 +61,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import v2
 
 from common.augment import scale_crop_flip, seeded
+from common.colors import JITTER, equalize, look_up, recolor, sharpen, stretch
 from common.datasets import open_dataset, select
 from common.deeplab import DeepLabV2, load_weights
 from common.ema import make_teacher, update_teacher
@@ -411,27 +411,23 @@ def sigmoid_ramp(iteration: int, length: int) -> float:
 # ---- to here ----
 
 
-# Colour operations of RandAugment (Cubuk et al. 2020): uint8 (B,3,H,W), r in [0,1] -> same.
+# RandAugment (Cubuk et al. 2020): strength in [0,1] -> change and its numbers.
 OPERATIONS = {
-    "auto-contrast": lambda image, _: TF.autocontrast(image),
-    "equalize": lambda image, _: TF.equalize(image),
-    "invert": lambda image, _: TF.invert(image),
-    "posterize": lambda image, r: TF.posterize(image, int(4 * r)),  # bits that stay
-    "solarize": lambda image, r: torch.where(image.int() >= int(256 * r), 255 - image, image),
-    "solarize-add": lambda image, r: torch.where(image < 128, image + int(110 * r), image),
-    "color": lambda image, r: TF.adjust_saturation(image, 1.8 * r + 0.1),
-    "contrast": lambda image, r: TF.adjust_contrast(image, 1.8 * r + 0.1),
-    "brightness": lambda image, r: TF.adjust_brightness(image, 1.8 * r + 0.1),
-    "sharpness": lambda image, r: TF.adjust_sharpness(image, 1.8 * r + 0.1),
+    "auto-contrast": lambda r: (stretch, (r,)),
+    "equalize": lambda r: (equalize, (r,)),
+    "invert": lambda _: (look_up, range(255, -1, -1)),
+    "posterize": lambda r: (look_up, [x & (-256 >> int(4 * r)) for x in range(256)]),  # 4 r bits
+    "solarize": lambda r: (look_up, [255 - x if x >= int(256 * r) else x for x in range(256)]),
+    "solarize-add": lambda r: (look_up, [x + int(110 * r) * (x < 128) for x in range(256)]),
+    "color": lambda r: JITTER["saturation"](1.8 * r + 0.1),
+    "contrast": lambda r: JITTER["contrast"](1.8 * r + 0.1),
+    "brightness": lambda r: JITTER["brightness"](1.8 * r + 0.1),
+    "sharpness": lambda r: (sharpen, (1.8 * r + 0.1,)),
 }
 
 
 def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
-    """RandAugment for one image: names of operations and their strengths in [0,1].
-
-    Each is drawn with replacement and done with a probability. The magnitude is normal with a
-    standard deviation of 0.5 and clamped to [0, 10].
-    """
+    """RandAugment for one image: names of operations and their strengths in [0,1]."""
     drawn = []
     for _ in range(recipe.operations):
         name = list(OPERATIONS)[torch.randint(len(OPERATIONS), ()).item()]
@@ -441,26 +437,29 @@ def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
     return drawn
 
 
-def color_view(recipe: Recipe, view: str, seed: int, image: Tensor) -> Tensor:
+def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
+    """Draws the changes of each image of a view: the jitter in random order, then RandAugment."""
+    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
+    images = []
+    for drawn in [jitter.make_params([]) for _ in range(count)]:
+        factors = [(change, drawn[f"{name}_factor"]) for name, change in JITTER.items()]
+        ordered = (factors[k] for k in drawn["fn_idx"])
+        images.append([change(factor) for change, factor in ordered if factor is not None])
+    for changes in images if view == "strong" else ():
+        changes += [OPERATIONS[name](strength) for name, strength in draw_operations(recipe)]
+    return images
+
+
+def color_view(recipe: Recipe, view: str, seeds: list[int], image: Tensor) -> Tensor:
     """A-hat of section 3.2, for each image on its own: float (B,3,H,W) in [0,1] -> same.
 
     "weak" changes nothing, "jitter" jitters colours, "strong" also does RandAugment's operations.
-    Colours have 8 bits, as with PIL.
+    Colours have 8 bits, as with PIL. Each seed is that of an equal share of the images.
     """
     if view == "weak":
         return image
-    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
-
-    def change(batch: Tensor) -> Tensor:
-        """Colours of uint8 images (B,3,H,W)."""
-        images = [jitter(image) for image in batch]
-        drawn = [draw_operations(recipe) if view == "strong" else [] for _ in images]
-        for k, operations in enumerate(drawn):
-            for name, strength in operations:
-                images[k] = OPERATIONS[name](images[k], strength)
-        return torch.stack(images)
-
-    return seeded(change, seed, image.mul(255).round().byte()).float().div(255)
+    draws = [seeded(draw_changes, s, recipe, view, len(image) // len(seeds)) for s in seeds]
+    return recolor(image.mul(255).round_(), [own for drawn in draws for own in drawn]).div_(255)
 
 
 class Network(DeepLabV2):
@@ -537,16 +536,18 @@ def label_groups(recipe: Recipe, teacher, regions, images: dict[int, Tensor], se
     images maps a group to its unlabeled images. seed(group, purpose) seeds the colours. The
     thresholds are updated once, with the images of all groups and ranks.
     """
-    strong, prob, confidence, label, embedding = {}, {}, {}, {}, {}
-    for k, image in images.items():
-        strong[k] = color_view(recipe, recipe.student_view, seed(k, "student"), image)
-        weak = color_view(recipe, recipe.teacher_view, seed(k, "teacher"), image)
-        prob[k], confidence[k], label[k], embedding[k] = label_images(teacher, weak)
+    batch, prob, confidence, label, embedding = torch.cat(list(images.values())), {}, {}, {}, {}
+    strong, weak = (
+        color_view(recipe, view, [seed(k, name) for k in images], batch).chunk(len(images))
+        for name, view in (("student", recipe.student_view), ("teacher", recipe.teacher_view))
+    )
+    for k, image in zip(images, weak, strict=True):
+        prob[k], confidence[k], label[k], embedding[k] = label_images(teacher, image)
     all_confidence = ranks.gather(torch.cat(list(confidence.values())))
     regions.update(all_confidence, ranks.gather(torch.cat(list(label.values()))))
     for k in images:
         label[k] = label[k].masked_fill(~regions.confident(confidence[k], label[k]), 255)
-    return {k: (strong[k], prob[k], label[k], embedding[k]) for k in images}
+    return {k: (s, prob[k], label[k], embedding[k]) for k, s in zip(images, strong, strict=True)}
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> int:
