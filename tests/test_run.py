@@ -183,11 +183,11 @@ def test_a_full_disk_is_one_line_that_names_the_file(
     """From the moment when this file is opened (of some, their second version), none may grow."""
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def opened(path, mode="r", open=Path.open):
+    def opened(path, mode="r", open=Path.open, **options):
         second = name not in ("last.pt", "log.jsonl") or (out / name).exists()
         if path.name.startswith(Path(name).name) and second:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
-        return open(path, mode)
+        return open(path, mode, **options)
 
     flags = (*args, "--save-every", 2, "--eval-every", 8, "--iterations", 8, "--output-dir", out)
     if name == "0.png":
