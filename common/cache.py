@@ -12,8 +12,8 @@ from common import InputError
 def write(path: Path, save: Callable, suffix: str = ".partial") -> None:
     """Writes a file by save(opened file), whole or not at all. A full disk names it."""
     partial = Path(f"{path}{suffix}")  # processes that may write the same file need their own
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             save(file)
             file.flush()
@@ -23,14 +23,13 @@ def write(path: Path, save: Callable, suffix: str = ".partial") -> None:
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(f"{path}: cannot be written ({cause})") from error
     finally:
-        if partial.is_file():
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def folder(above: Path, sources: list[Path], settings) -> Path:
     """Names a folder by the settings and the state of all source files, and removes all others."""
-    stats = [(os.path.relpath(path, above), path.stat()) for path in sources]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    stats = [(path, path.stat()) for path in sources]
+    files = [(os.path.relpath(p, above), s.st_size, s.st_mtime_ns) for p, s in stats]
     version = 3  # raise this when decoding or resizing gives other pixels
     name = hashlib.sha256(repr((version, settings, files)).encode()).hexdigest()[:16]
     for other in set(above.glob("*")) - {above / name}:

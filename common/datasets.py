@@ -73,7 +73,7 @@ class Images(Dataset):
             pixels = torch.cat([image, label[None]])
             try:
                 cache.write(path, partial(np.save, arr=pixels.numpy()), f".{os.getpid()}.partial")
-            except InputError as error:
+            except (InputError, OSError) as error:
                 self.cache = None
                 warn(f"no cache of decoded images, which makes training slower: {error}")
         return pixels[:3], pixels[3]

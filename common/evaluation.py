@@ -137,27 +137,26 @@ def load_state(parts: dict, checkpoint: dict) -> None:
         try:
             saved, fresh = checkpoint["state"][name], part.state_dict()
             part.load_state_dict(saved)
-            bad = [key for key in fresh if key not in saved and key[0] != "_"]
-            if bad or (name == "optimizer" and _steps_fail(part, fresh["param_groups"])):
-                raise ValueError(bad)
+            keys = () if isinstance(part, nn.Module) else fresh  # a network has refused by itself
+            lacking = [key for key in keys if key not in saved and key[0] != "_"]
+            if lacking or (name == "optimizer" and _steps_fail(part, fresh["param_groups"])):
+                raise ValueError(lacking)
         except Exception as error:  # KeyError, RuntimeError, ValueError and more
             raise InputError(f"{checkpoint['path']}: {name} does not fit these flags") from error
 
 
 def _steps_fail(optimizer: torch.optim.Optimizer, groups: list[dict]) -> bool:
     """Whether a loaded optimizer lacks what its next step needs. groups: those before loading."""
-    shapes = [
-        (parameter.shape, state[name].shape)
-        for parameter, state in optimizer.state.items()
-        for name in (("exp_avg", "exp_avg_sq") if "step" in state else ("momentum_buffer",))
-    ]
+    for parameter, state in optimizer.state.items():
+        names = ("exp_avg", "exp_avg_sq") if "step" in state else ("momentum_buffer",)
+        if any(state[name].shape != parameter.shape for name in names):
+            return True
     pairs = zip(groups, optimizer.param_groups, strict=True)
-    return any(a != b for a, b in shapes) or any(old.keys() - new.keys() for old, new in pairs)
+    return any(old.keys() - new.keys() for old, new in pairs)
 
 
 def _load_network(recipe, args: Namespace, network: Callable, name: str) -> nn.Module:
-    num_classes = len(args.checkpoint["class_names"])
-    loaded = network(recipe, num_classes, pretrained=args.weights != "none")
+    loaded = network(recipe, len(args.checkpoint["class_names"]), pretrained=args.weights != "none")
     load_state({name: loaded}, args.checkpoint)
     return loaded.to(args.device)
 

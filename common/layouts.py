@@ -203,10 +203,8 @@ def check_pair(image_path: Path, label_path: Path | None) -> tuple[tuple, bytes 
 
     size, turn, is_tiff = _read(image_path, describe)
     turned = size[::-1] if turn in (5, 6, 7, 8) and not is_tiff else size
-    if label_path is None:
+    if label_path is None or label_path.suffix == ".mat":  # whose size takes too long to read
         return turned, None
-    if label_path.suffix == ".mat":
-        return size, None  # reading its size would take too long
     kind, tile, label_size, palette = _read(
         label_path, lambda label: (label.format, label.tile[0][3], label.size, label.palette)
     )

@@ -1,6 +1,7 @@
 """The ranks of a run. torchrun starts one process for each; without torchrun there is one."""
 
 import io
+import os
 import signal
 import sys
 import zlib
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from common import InputError
 
@@ -21,10 +23,13 @@ def join(args) -> None:
     """Connects the ranks. From here on only rank 0 prints to stdout."""
     # gloo sends the numbers of the host. No rank has to wait for its GPU then.
     backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-    try:  # rank 0 evaluates meanwhile
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
-    except ValueError as error:
-        raise InputError(f"WORLD_SIZE is set, but not by torchrun: {error}") from error
+    if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise InputError(f"WORLD_SIZE is set, but not {sorted(missing)}: start it with torchrun")
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps its store after a restart. The prefix hides the dead ranks.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    wait = timedelta(hours=3)  # rank 0 evaluates meanwhile
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     if args.rank > 0:
         sys.stdout = io.StringIO()
 

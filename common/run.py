@@ -24,7 +24,7 @@ from common.ranks import SIGNALS, all_max
 
 SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
 PATIENCE = 5  # seconds that a run waits for data after a signal
-ALARM = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []  # not on Windows
+ALARM = getattr(signal, "SIGALRM", signal.SIGINT)  # Windows has none
 
 
 def main(method: str, doc: str, recipes: dict, network: Callable, train: Callable, preset=None):
@@ -50,8 +50,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
     finally:
-        for number in ALARM:
-            signal.signal(number, signal.SIG_IGN)  # it would kill an interpreter that ends
+        signal.signal(ALARM, signal.SIG_IGN)  # it would kill an interpreter that ends
     if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
         print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -106,7 +105,7 @@ class Session:
             raise InputError("--resume: ranks found different checkpoints; share the folder")
         if self.first and not self.start and self.args.dataset != "streets":
             check_classes(self.data.train, self.split[0], self.data.class_names)
-        for number in (*SIGNALS, *ALARM):
+        for number in (ALARM, *SIGNALS):
             signal.signal(number, self._on_signal)
         self.clock = time.perf_counter()
         return self.start
@@ -153,7 +152,7 @@ class Session:
         late = waiting and time.monotonic() - waiting[0] > PATIENCE
         if late or (again and not self.partial.exists()):
             raise KeyboardInterrupt(self.signal, self.how * self.last.exists())
-        if ALARM:
+        if ALARM not in SIGNALS:
             signal.alarm(1)  # calls this again
 
     def _open_folder(self) -> None:
