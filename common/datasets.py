@@ -251,11 +251,11 @@ class MicroBatches(Dataset):
 def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device) -> Iterator:
     """Yields micro-batches from batch `start` on: image, RGB float in [0,1], and label, int64."""
     cuda = device.type == "cuda"
-    layout = torch.channels_last if cuda else torch.contiguous_format
     numbers = itertools.count(start * len(drawn.micro_batches))
     for image, label in loader(drawn, workers, batch_size=None, sampler=numbers, pin_memory=cuda):
-        image = image.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
-        yield image.div_(255), label.to(device, non_blocking=True).long()
+        image = image.to(device, non_blocking=True)
+        image = image.to(torch.float32, memory_format=torch.channels_last).div_(255)
+        yield image, label.to(device, non_blocking=True).long()
 
 
 def loader(dataset: Dataset, workers: int, **options) -> Iterator:
