@@ -122,7 +122,7 @@ BDD100K = replace(Recipe(), size=(720, 1280), scales=(0.75, 1.0, 1.25), crop=(51
 NETWORK = {"layers": (1, 1, 1, 1), "width": 16, "aspp_rates": (1, 2), "embedding": 64}
 STREETS = Recipe(size=(64, 128), crop=None, batch_size=4, lr=6e-3, backbone_factor=1.0, **NETWORK)
 STREETS = replace(STREETS, consistency_weight=8.0, per_class=8)
-RAMPS = {"iterations": 2_000, "warmup": 300, "consistency_ramp": 320, "contrast_ramp": 20}
+RAMPS = {"iterations": 1_600, "warmup": 240, "consistency_ramp": 256, "contrast_ramp": 16}
 LONGER = {"iterations": 4_000, "warmup": 500, "consistency_ramp": 640, "contrast_ramp": 40}
 SCALED = {"size": (180, 240), "crop": (120, 160), "scales": (0.75, 1.0, 1.25, 1.5)}
 FOLDER = replace(BDD100K, size=None, crop=(320, 320))

@@ -118,7 +118,7 @@ RECIPES = {
     "voc": replace(VOC, **DEEPLAB),
     "bdd100k": replace(CITYSCAPES, size=(360, 640)),
     "folder": VOC,
-    "streets": replace(STREETS, iterations=2_000),
+    "streets": replace(STREETS, iterations=1_600),
     "small": replace(STREETS, iterations=4_000, **SCALED),  # --preset small
 }
 OTHER_NETWORK = {

@@ -24,6 +24,7 @@ mkdir -p "${RESULTS:-results}/streets"
 supervised classmix --supervised
 classmix classmix
 complexmix complexmix
+cowmix_supervised cowmix --supervised
 cowmix cowmix
 c3semiseg_supervised c3semiseg --supervised
 c3semiseg c3semiseg
@@ -52,6 +53,7 @@ END
 supervised classmix --supervised
 classmix classmix
 complexmix complexmix
+cowmix_supervised cowmix --supervised
 cowmix cowmix
 c3semiseg_supervised c3semiseg --supervised
 c3semiseg c3semiseg
