@@ -234,6 +234,15 @@ def test_losses_without_pixels_or_pairs_are_0():
         assert loss == 0 and torch.autograd.grad(loss, z)[0].eq(0).all()
 
 
+@pytest.mark.parametrize(("wrong", "hard"), [(24, 3), (2, 2), (57, 4), (0, 0), (60, 7)])
+def test_half_of_a_sample_is_hard_if_there_are_enough_of_both(wrong, hard):
+    prediction = (torch.arange(60) < wrong).long().view(1, 6, 10)
+    given = (torch.zeros_like(prediction), prediction, 7)
+    index, drawn = c3semiseg.sample_pixels(*given, num_classes=2)
+    pixels = index[drawn == 0]
+    assert len(set(pixels.tolist())) == 7 and (pixels < wrong).sum() == hard
+
+
 def test_sampling_is_uniform_within_the_pools():
     label = torch.zeros(1, 6, 10).long()
     prediction = (torch.arange(60).view(1, 6, 10) < 24).long()  # 24 hard, 36 easy

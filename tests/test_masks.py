@@ -68,11 +68,6 @@ def test_complex_mask_equals_naive_loop(batch, num_classes, size, blocks, p, cla
     assert expected.any() == (num_classes > 1) and not expected[(label < 0) | (label == 255)].any()
 
 
-def test_unknown_classes_value():
-    with pytest.raises(ValueError, match="half"):
-        complex_mask(torch.zeros(1, 2, 2).long(), 3, 2, classes="half")
-
-
 @pytest.mark.parametrize("num_classes", [1, 2, 7, 19])
 def test_class_mask_is_complex_mask_of_one_block(num_classes):
     label = any_label(16, num_classes, (3, 5))
@@ -84,6 +79,8 @@ def test_class_mask_is_complex_mask_of_one_block(num_classes):
     assert torch.equal(given(scores=scores, generator=rng), expected)
     assert torch.equal(rng.get_state(), generator(2).get_state())  # nothing is drawn
     assert torch.equal(given(generator=generator(1)), expected)  # these scores are drawn
+    with pytest.raises(ValueError, match="half"):
+        complex_mask(label, num_classes, 1, classes="half")
 
 
 # ---- Cow spots ----

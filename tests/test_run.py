@@ -494,7 +494,6 @@ def test_predictions_never_overwrite_a_picture(refused, camvid, trained, tmp_pat
 
 
 BAD_FLAGS = """
---labeled 3 --labeled-list nowhere.txt | not allowed with
 --batch-size 1 | --batch-size 1: each micro-batch needs 2 images
 --warmup 9 | 1 iterations, but 9 of them are warm-up
 --scale-range 1.5 0.5 | --scale-range: 1.5 is above 0.5
@@ -504,7 +503,6 @@ BAD_FLAGS = """
 --data-dir camvdi | camvdi
 --resume  | no such checkpoint
 --evaluate  | no such checkpoint
---evaluate /etc/hostname | /etc/hostname: not a checkpoint
 --resume a.pt --evaluate b.pt | not allowed with
 --device gpu | gpu
 --device meta | meta
