@@ -23,7 +23,7 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     labeled keys, eq. 5 the teacher's       the student's       the student's
     keys are detached   -                   yes, except when only labeled pixels are contrasted
     P_i contains i      -                   no                  no
-    hard in D_U: wrong  teacher or student  student by nearest  by bilinear
+    wrong in D_U alone  teacher or student  student by nearest  by bilinear --contrast unlabeled
     road in eq. 5       yes                 no                  yes             --no-contrast-road
     contrast, at most   -                   -                   256 (image, class) groups
     backbone's rate     lr                  0.1 lr, thrice (2)  0.3 lr          --backbone-factor
@@ -241,34 +241,34 @@ class ProjectionHead(nn.Sequential):
         return F.normalize(super().forward(features).float(), dim=1)
 
 
-def draw_pixels(pool: Tensor, score: Tensor, count: int) -> Tensor:
-    """`count` pixels by score, those of the pool first: (B,K,N), (B,1,N) -> (B,K,count)."""
-    return score.masked_fill(~pool, -1).topk(count).indices
-
-
-def sample_pixels(label, prediction, per_class=20, *, num_classes, hard=True, generator=None):
+def sample_pixels(
+    label, prediction, per_class=20, *, num_classes, hard=True, score=None, generator=None
+):
     """Samples per_class pixels of each image and class, half of them hard (section 3.3).
 
     (B,h,w) int64 twice -> index into the flattened grid, label, both (B*K*per_class,). Hard pixels
     are those with a wrong prediction. If there are too few hard or other pixels for a half, the
     other kind makes up the number. A class with per_class pixels or fewer there gets label 255.
+    score (B,h*w), which ranks pixels of a kind, is uniform noise unless given.
     """
+    if score is None:
+        score = torch.rand(label.flatten(1).shape, generator=generator, device=label.device)
     pixels = label[0].numel()
     missing = max(0, per_class - pixels)  # topk needs per_class pixels; these are void
     label = F.pad(label.flatten(1), (0, missing), value=255)  # (B,N)
     prediction = F.pad(prediction.flatten(1), (0, missing), value=255)  # (B,N)
-    score = torch.rand(label.shape, generator=generator, device=label.device)[:, None]  # (B,1,N)
+    score = F.pad(score, (0, missing))[:, None]  # (B,1,N)
     classes = torch.arange(num_classes, device=label.device)[:, None]  # (K,1)
     of_class = label[:, None] == classes  # (B,K,N)
     wrong = (label != prediction)[:, None] if hard else torch.ones_like(label[:, None]).bool()
     n_wrong = (of_class & wrong).sum(2, keepdim=True)  # (B,K,1)
     n_right = (of_class & ~wrong).sum(2, keepdim=True)  # (B,K,1)
     n_hard = torch.minimum(n_wrong, (per_class - n_right).clamp(min=per_class // 2))  # (B,K,1)
-    hard_pixels = draw_pixels(of_class & wrong, score, per_class)  # (B,K,per_class)
-    other_pixels = draw_pixels(of_class & ~wrong, score, per_class)  # (B,K,per_class)
-    slot = torch.arange(per_class, device=label.device).expand_as(hard_pixels)
-    other_pixels = other_pixels.gather(2, (slot - n_hard).clamp(min=0))  # behind the hard ones
-    chosen = torch.where(slot < n_hard, hard_pixels, other_pixels)
+    best = score.masked_fill(~(of_class & wrong), -1).topk(per_class).indices  # (B,K,per_class)
+    first = (torch.arange(per_class, device=label.device) < n_hard).expand_as(best)
+    hard_pixels = torch.zeros_like(of_class).scatter(2, best, first)
+    rank = score + 2.0 * hard_pixels + 1.0 * ~wrong  # hard ones, right ones, other wrong ones
+    chosen = rank.masked_fill(~of_class, -1).topk(per_class).indices
     enough = n_wrong + n_right > per_class  # (B,K,1)
     image = torch.arange(len(label), device=label.device).view(-1, 1, 1)
     index = torch.where(enough, image * pixels + chosen, 0)
@@ -310,7 +310,7 @@ def contrast_loss(
 
 
 class ConfidentRegions(nn.Module):
-    """One threshold for each class, which about a share `keep` of its pixels pass (section 3.4)."""
+    """A confidence threshold for each class. About a share keep of its pixels pass (3.4)."""
 
     def __init__(self, num_classes: int, keep=0.8, momentum=0.9, initial=0.9):
         super().__init__()
@@ -351,7 +351,7 @@ def label_images(teacher: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
 
 
 def draw_pairs(mixing: str, n: int, size: tuple, generator: torch.Generator):
-    """An order of n labeled and n unlabeled images in which i meets n + i, and boxes (n,*size).
+    """Draws an order of n labeled and n unlabeled images, and n boxes. Image i meets image n + i.
 
     "cross": random pairs; "intra": pairs within a set (table 6); "none": empty boxes.
     """
@@ -445,16 +445,17 @@ def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
         factors = [(change, drawn[f"{name}_factor"]) for name, change in JITTER.items()]
         ordered = (factors[k] for k in drawn["fn_idx"])
         images.append([change(factor) for change, factor in ordered if factor is not None])
-    for changes in images if view == "strong" else ():
-        changes += [OPERATIONS[name](strength) for name, strength in draw_operations(recipe)]
+    if view == "strong":
+        for changes in images:
+            changes += [OPERATIONS[name](strength) for name, strength in draw_operations(recipe)]
     return images
 
 
 def color_view(recipe: Recipe, view: str, seeds: list[int], image: Tensor) -> Tensor:
     """A-hat of section 3.2, for each image on its own: float (B,3,H,W) in [0,1] -> same.
 
-    "weak" changes nothing, "jitter" jitters colours, "strong" also does RandAugment's operations.
-    Colours have 8 bits, as with PIL. Each seed is that of an equal share of the images.
+    "weak" keeps colours, "jitter" jitters them, "strong" adds RandAugment's operations. Colours
+    have 8 bits, as with PIL. seeds has one seed for each group; groups are equal in size.
     """
     if view == "weak":
         return image

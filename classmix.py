@@ -16,11 +16,10 @@ and the loss is weighted by the share of pixels of which the teacher is confiden
     classifiers        4 branches    sums 2 of them    4            --aspp-rates 6 12
     lambda: share of   an image      a batch           a batch      --weight-scope sample
     Nesterov momentum  yes           no                no           --nesterov
-    jitter and blur    table 3       on Cityscapes     no           --extra-augmentations
+    jitter and blur    table 3       kornia's          torchvision  --extra-augmentations
     VOC: scale, mirror 0.5-1.5, yes  (1)               0.5-1.5, yes --scale-range, --no-flip
     subtracted mean    -             off by 0.8 (2)    of weights   --mean 72.39 82.91 73.16
     squared error      sum over K    mean over K       sum over K
-      to               -             the teacher's S   S
     per-pixel lambda   "ignored"     divides by all    by all       --weighting pixel
     unlabeled images   uniform       without repeats   as the code
     teacher statistics -             initial ones (3)  student's
@@ -75,10 +74,10 @@ class Recipe:
     nesterov: bool = False  # use Nesterov momentum with SGD
     weight_decay: float = 5e-4  # weight decay of all trained parameters
     ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
-    weight_scope: Literal["batch", "sample"] = "batch"  # lambda is of a batch, or of each image
+    weight_scope: Literal["batch", "sample"] = "batch"  # average lambda over a batch or an image
     mask: Literal["class", "cow", "cut"] = "class"  # what is pasted (table 3)
     sigma_range: tuple[Positive, Positive] = (8.0, 32.0)  # blur of cow masks, pixels (code)
-    weighting: Literal["fraction", "pixel", "ramp", "constant"] = "fraction"  # lambda (table 3)
+    weighting: Literal["fraction", "pixel", "ramp", "constant"] = "fraction"  # weight of loss_u
     confidence_threshold: Share = 0.968  # tau: a pixel of this confidence is confident
     ramp_iterations: Count = 10_000  # length of the ramp of --weighting ramp, steps (4.3)
     unlabeled_loss: Kind = "cross-entropy"  # loss between student and teacher (table 3)
@@ -90,9 +89,8 @@ class Recipe:
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
-NETWORK = {"layers": (1, 1, 1, 1), "width": 16, "aspp_rates": (1, 2)}
-ADAM = {"optimizer": "adam", "lr": 6e-3, "head_factor": 1.0, "weight_decay": 0.0}
-STREETS = Recipe(size=(64, 128), flip=True, batch_size=4, **NETWORK, **ADAM)
+SMALL = Recipe(flip=True, batch_size=4, layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
+ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
 CROPS = {"size": (180, 240), "crop": (120, 160), "scale_range": (0.75, 1.5)}
 # Data sets that the paper does not use take the numbers of those that they resemble.
 RECIPES = {
@@ -101,8 +99,8 @@ RECIPES = {
     "camvid": replace(Recipe(), size=(360, 480), flip=True),
     "bdd100k": replace(Recipe(), size=(360, 640)),
     "folder": VOC,
-    "streets": replace(STREETS, iterations=2_000, warmup=300),
-    "small": replace(STREETS, iterations=4_000, warmup=500, **CROPS),  # --preset small
+    "streets": replace(ADAM, size=(64, 128), iterations=2_000, warmup=300),
+    "small": replace(ADAM, iterations=4_000, warmup=500, **CROPS),  # --preset small
 }
 
 
@@ -222,7 +220,7 @@ def classmix_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
-    Each image is pasted onto the next one, which takes two images. prob is S (lines 1-2). make_mask
+    Each image is pasted onto the next one, so B is at least 2. prob is S (lines 1-2). make_mask
     turns pseudo-labels (line 3) into masks M (lines 4-6). augment changes the mixed images.
     """
     with torch.no_grad():
@@ -275,7 +273,7 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
 
 
 def jitter_and_blur(seed: int, image: Tensor) -> Tensor:
-    """Changes each image as the published code does (table 3): float (B,3,H,W) in [0,1] -> same."""
+    """Jitters and blurs images one by one (table 3): float (B,3,H,W) in [0,1] -> same."""
     jitter = v2.RandomApply([v2.ColorJitter(0.25, 0.25, 0.25, 0.25)], 0.8)
     change = v2.Compose([jitter, v2.RandomApply([v2.GaussianBlur(11, (0.15, 1.15))], 0.5)])
     return seeded(lambda image: torch.stack([change(single) for single in image]), seed, image)

@@ -17,7 +17,7 @@ drawn anew in each block. p, which sets the complexity, is drawn in each iterati
     p                  "each iteration"      uniform, one for a batch         --blocks
     confidence         "sufficiently high"   lambda: share of such pixels     --weighting pixel
     warm-up            "initial training"    1000 of the 40000 steps          --warmup
-    teacher            -                     a copy until the warm-up's end   --ema-decay
+    teacher            starts as a copy      a copy until the warm-up's end
     1/N (eq. 2, 3)     labeled examples      mean over images and pixels
 
 No code was published. What is not in the table is as in classmix.py.
@@ -62,12 +62,12 @@ class Recipe:
     nesterov: bool = False  # use Nesterov momentum with SGD
     weight_decay: float = 5e-4  # weight decay of all trained parameters
     ema_decay: Share = 0.99  # decay of the teacher, reached from 0 in 100 steps (code)
-    weight_scope: Literal["batch", "sample"] = "batch"  # lambda is of a batch, or of each image
+    weight_scope: Literal["batch", "sample"] = "batch"  # average lambda over a batch or an image
     blocks: tuple[Count, ...] = (4, 16, 64, 128)  # choices of p, the number of blocks a side (3.1)
     classes: Literal["all", "present"] = "all"  # half of all (3.1), or of a block's
-    weighting: Literal["fraction", "pixel"] = "fraction"  # lambda (code)
+    weighting: Literal["fraction", "pixel"] = "fraction"  # weight of loss_u (ours)
     unlabeled_weight: float = 1.0  # factor of lambda (ours)
-    confidence_threshold: Share = 0.968  # tau: a pixel of this confidence is confident
+    confidence_threshold: Share = 0.968  # a pixel of this confidence is confident (ClassMix)
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
     width: Count = 64  # channels of the first convolution
     aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers
@@ -75,9 +75,8 @@ class Recipe:
 
 
 VOC = Recipe(size=None, crop=(321, 321), scale_range=(0.5, 1.5), flip=True, batch_size=10)
-NETWORK = {"layers": (1, 1, 1, 1), "width": 16, "aspp_rates": (1, 2)}
-ADAM = {"optimizer": "adam", "lr": 6e-3, "head_factor": 1.0, "weight_decay": 0.0}
-STREETS = Recipe(size=(64, 128), flip=True, batch_size=4, **NETWORK, **ADAM)
+SMALL = Recipe(flip=True, batch_size=4, layers=(1, 1, 1, 1), width=16, aspp_rates=(1, 2))
+ADAM = replace(SMALL, optimizer="adam", lr=6e-3, head_factor=1.0, weight_decay=0.0)
 CROPS = {"size": (180, 240), "crop": (120, 160), "scale_range": (0.75, 1.5)}
 # Data sets that the paper does not use take the numbers of those that they resemble.
 RECIPES = {
@@ -86,8 +85,8 @@ RECIPES = {
     "camvid": replace(Recipe(), size=(360, 480), flip=True),
     "bdd100k": replace(Recipe(), size=(360, 640)),
     "folder": VOC,
-    "streets": replace(STREETS, iterations=2_000, warmup=300),
-    "small": replace(STREETS, iterations=4_000, warmup=500, **CROPS),  # --preset small
+    "streets": replace(ADAM, size=(64, 128), iterations=2_000, warmup=300),
+    "small": replace(ADAM, iterations=4_000, warmup=500, **CROPS),  # --preset small
 }
 
 

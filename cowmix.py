@@ -1,7 +1,7 @@
 """CowMix (French et al.; ICLR 2020 submission; arXiv:1906.01916, before it became the BMVC paper).
 
-A mean teacher labels two clean images. The student sees a mix of the two and learns to predict the
-same mix of the teacher's labels. The mask of the mix is smooth noise, thresholded, with spots like
+A mean teacher predicts two clean images. The student sees a mix of the two and learns to predict
+the same mix of the teacher's probabilities. The mask is smooth noise, thresholded, with spots like
 those of a Friesian cow.
 
     cow_mask                 section 3.4, listing 1 (M = 1 is True)
@@ -35,11 +35,11 @@ those of a Friesian cow.
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
     weights of DeepLab  COCO             COCO or ImageNet     ImageNet      --weights FILE
 
-(1) Later than the paper, without cow masks and this U-Net. (2) 3e-6 and 3e-5; its optimizer lists
-most of the backbone three times, and --lr 9e-6 --head-factor 3.3 is near that. (3) It matters only
-with --weights none; loaded batch norm is frozen. The teacher's statistics are averaged like its
-weights. We correct the listings: misspelled names, the teacher's input in listing 3 (xb, not yb),
-and max(dim=1), which means its values.
+(1) Written for a later paper: no cow masks, another U-Net. (2) 3e-6 for the backbone, 3e-5 for the
+classifiers. The optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes
+close. (3) This matters only with --weights none: loaded batch norm is frozen. The teacher's
+statistics are averaged like its weights. We corrected the listings: names, the teacher's input in
+listing 3 (xb, not yb), and max(dim=1), of which only the values are meant.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -89,7 +89,7 @@ class Recipe:
     consistency_weight: float = 10.0  # factor of the unlabeled loss (4.1, figure 10)
     confidence_threshold: Share = 0.97  # least confidence that counts (listings 2 and 3)
     sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (figure 12)
-    p_range: tuple[Share, Share] = (0.5, 0.5)  # share of M = 0; area of boxes (0 1 unless cowmix)
+    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of a cow mask's share of 0, or a box's area
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
     color_jitter: bool = False  # jitter the colours that the student sees, not aug's (code: yes)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)

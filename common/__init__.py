@@ -10,7 +10,7 @@ class InputError(Exception):
 
 
 def interrupt(number: int, _) -> None:
-    """Handles a signal by KeyboardInterrupt; during the imports it ends the program at once."""
+    """Raises KeyboardInterrupt. During the imports, it ends the program at once instead."""
     if hasattr(sys.modules.get("common.run"), "main"):
         raise KeyboardInterrupt(number)
     os.write(2, b"stopped by SIGINT\n")
@@ -23,6 +23,7 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
+# Only where a method file of this repository is the program.
 _program = getattr(sys.modules["__main__"], "__file__", None) or ""  # a notebook has none
 if os.path.dirname(os.path.abspath(_program)) == os.path.dirname(os.path.dirname(__file__)):
     signal.signal(signal.SIGINT, interrupt)

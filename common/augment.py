@@ -1,9 +1,11 @@
 """Random scaling, rotation, cropping and mirroring of an image together with its label."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision import tv_tensors
@@ -29,11 +31,11 @@ def scale_crop_flip(
     steps: list[Callable] = [_as_tv_tensors]
     if scale_range != (1.0, 1.0) or scales != (1.0,):
         steps.append(partial(_scale, scale_range, scales))
+    color = mean.cpu().double().mul(255).round().byte()  # images are loaded on the host
     if rotation > 0:
-        steps.append(partial(_rotate, rotation))
-    if crop is not None:
-        color = mean.cpu().double().mul(255).round().flatten()  # images are loaded on the host
-        fill = {tv_tensors.Image: color.tolist(), tv_tensors.Mask: 255}
+        steps.append(partial(_rotate_crop, rotation, crop, color))
+    elif crop is not None:
+        fill = {tv_tensors.Image: color.flatten().tolist(), tv_tensors.Mask: 255}
         steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
     if flip:
         steps.append(v2.RandomHorizontalFlip())
@@ -58,7 +60,20 @@ def _scale(scale_range, scales, image: Tensor, label: Tensor):
     return TF.resize(image, size), TF.resize(label, size)
 
 
-def _rotate(degrees: int, image: Tensor, label: Tensor):
-    angle = torch.randint(-degrees, degrees + 1, ()).item()
-    turned = TF.rotate(image, angle, v2.InterpolationMode.BILINEAR)
-    return turned, TF.rotate(label, angle, fill=[255])
+def _rotate_crop(degrees: int, crop, color: Tensor, image: Tensor, label: Tensor):
+    """Gives the pixels of torchvision's rotate and then RandomCrop, but rotates only the crop."""
+    angle = math.radians(torch.randint(-degrees, degrees + 1, ()).item())
+    height, width = label.shape
+    y, x = (torch.arange(n) - (n - 1) / 2 for n in label.shape)  # from the centre
+    place = [tv_tensors.Image(v.unsqueeze(0)) for v in torch.meshgrid(x, y, indexing="xy")]
+    far = height + width  # outside of the image: in padding
+    if crop is not None:
+        place = v2.RandomCrop(crop, pad_if_needed=True, fill=far)(place)
+    matrix = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    matrix = matrix / torch.tensor([width / 2, height / 2])
+    grid = torch.cat(place).movedim(0, -1).unsqueeze(0) @ matrix  # as grid_sample has it
+    image = F.grid_sample(image.unsqueeze(0).float(), grid, align_corners=False)[0]
+    image = torch.where(place[0] == far, color, image.round().byte())
+    shifted = label.view(1, 1, height, width).float() - 255  # grid_sample puts 0 outside: void
+    label = F.grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + 255
+    return _as_tv_tensors(image, label.byte())

@@ -10,7 +10,7 @@ from common import InputError
 
 
 def write(path: Path, save: Callable, suffix: str = ".partial") -> None:
-    """Writes a file by save(opened file), whole or not at all. A full disk names it."""
+    """Calls save(file) and writes the whole file or nothing. An error names the file."""
     partial = Path(f"{path}{suffix}")  # processes that may write the same file need their own
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -19,7 +19,7 @@ def write(path: Path, save: Callable, suffix: str = ".partial") -> None:
             file.flush()
             os.fsync(file.fileno())  # a power failure could leave an empty file
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save may cover one by the other
+    except (OSError, RuntimeError) as error:  # torch.save hides an OSError in __context__
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(f"{path}: cannot be written ({cause})") from error
     finally:
@@ -27,7 +27,7 @@ def write(path: Path, save: Callable, suffix: str = ".partial") -> None:
 
 
 def folder(above: Path, sources: list[Path], settings) -> Path:
-    """Names a folder by the settings and the state of all source files, and removes all others."""
+    """Names a folder by settings and state of the source files. Removes the folders beside it."""
     stats = [(path, path.stat()) for path in sources]
     files = [(os.path.relpath(p, above), s.st_size, s.st_mtime_ns) for p, s in stats]
     version = 3  # raise this when decoding or resizing gives other pixels

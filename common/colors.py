@@ -1,7 +1,7 @@
-"""Changes of colours, each with its own numbers for each image, for all images at once.
+"""Colour operations on a whole batch; each image has its own parameters.
 
-A change takes whole colours 0-255, float (B,3,H,W), and numbers (B,N,1,1). Up to rounding it is
-torchvision's change of 8-bit colours. None waits for the device.
+An operation takes images, float (B,3,H,W) of whole numbers 0-255, and parameters (B,N,1,1). It
+equals torchvision's 8-bit operation up to rounding. None makes the CPU wait for the GPU.
 """
 
 import torch
@@ -21,18 +21,17 @@ def blend(image: Tensor, row: Tensor) -> Tensor:
 
 
 def turn_hue(image: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue, an angle: red is at 0, green at 2, blue at 4 sixths of a turn.
+    """Turns the hue, an angle in sixths of a turn: red is 0, green 2, blue 4.
 
-    A channel is largest within a sixth of its own angle and smallest opposite to it. shift: the
-    turn plus the angle between red and the point opposite to red, green and blue.
+    shift (B,3,1,1) is the turn, plus the angle that moves red, green and blue to 0: 0, 4, 2.
     """
     red, green, blue = image.split(1, 1)
     low, high = image.aminmax(dim=1, keepdim=True)
     spread = (high - low).clamp_(min=1e-4)  # grey has none
-    angle = (green + blue).sub_(red).sub_(low).div_(spread).add_(1)  # sixths of a turn from red
-    angle.copysign_(green - blue)  # to green or to blue
-    share = (angle + shift).remainder_(6).sub_(3).abs_().clamp_(1, 2)
-    return torch.addcmul(low - spread, spread, share).mul_(255.999 / 255).floor_()
+    hue = torch.where(high == green, 2 + (blue - red) / spread, 4 + (red - green) / spread)
+    hue = torch.where(high == red, (green - blue) / spread, hue)
+    distance = ((hue + shift + 3).remainder(6) - 3).abs()  # 0 at a channel's own hue, 3 opposite
+    return torch.addcmul(low, spread, (2 - distance).clamp(0, 1)).mul_(255.999 / 255).floor_()
 
 
 def sharpen(image: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def stretch(image: Tensor, _) -> Tensor:
 
 
 def equalize(image: Tensor, _) -> Tensor:
-    """TF.equalize, which neither waits nor has numbers."""
+    """TF.equalize. It takes no parameter and does not make the CPU wait for the GPU."""
     return TF.equalize(image.byte()).float()
 
 
@@ -67,7 +66,7 @@ JITTER = {
     "saturation": lambda factor: (blend, (factor, 1, *GREY)),
     "hue": lambda turn: (turn_hue, (6 * turn, 6 * turn + 4, 6 * turn + 2)),
 }
-# Three blends before or after the hue make room for each order of the jitter.
+# One pass allows any order of the jitter: three blends before the hue and three after it.
 ORDER = 3 * [blend] + [turn_hue] + 3 * [blend] + [look_up, sharpen, stretch, equalize]
 
 
@@ -75,7 +74,7 @@ def recolor(image: Tensor, changes: list[list[tuple]]) -> Tensor:
     """Does the changes of each image in their order: float (B,3,H,W), 0-255 -> same."""
     left, rounds, images = [list(own) for own in changes], [], dict(enumerate(image))
     while any(left):
-        for change in ORDER:  # images for which it is the next one do it together
+        for change in ORDER:  # take all images whose next operation is this one
             chosen = [k for k, own in enumerate(left) if own and own[0][0] is change]
             if chosen:
                 rounds.append((change, chosen, [left[k].pop(0)[1] for k in chosen]))

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from common import InputError, cache, layouts, streets, warn
 from common.layouts import VOID, check_pair, check_palettes, read_image, read_label, read_lines
 
-SILENCE = 60  # seconds after which a run gives up loader processes that give no data
-waiting: list[float] = []  # since when the main process waits for data, if it does
+SILENCE = 60  # seconds without data after which a run stops waiting for its loader processes
+waiting: list[float] = []  # holds the start of the current wait for data; else empty
 # Defaults of the flags --labeled and --weights.
 DEFAULTS = {name: {"labeled": "1/8", "weights": "imagenet"} for name in layouts.FILES}
 DEFAULTS["camvid"]["labeled"], DEFAULTS["folder"]["labeled"] = "30", "1.0"
@@ -163,7 +163,10 @@ def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tu
 
 
 def select(train: Images, args, *, batch_size: int, unlabeled: str = "rest") -> tuple[list, list]:
-    """Returns the indices of the labeled training images, which the flags choose, and the rest."""
+    """Returns the indices of the labeled images, which the flags choose, and of the unlabeled ones.
+
+    unlabeled: "rest", or "all" training images (CowMix).
+    """
     if args.checkpoint is not None:
         labeled = _find(train, args.checkpoint["labeled_names"], "--resume")
         if changed := sorted(set(args.checkpoint["training_names"]) ^ set(train.names)):
@@ -210,7 +213,7 @@ def _find(train: Images, lines: list[str], flag: str) -> list[int]:
         names = (*columns, *(Path(text).stem for text in columns))
         found = next((known[name] for name in names if name in known), set())
         if len(found) != 1 or not train.has_label[min(found)]:
-            raise InputError(f"{flag}: {line}: none or several training images, or without a label")
+            raise InputError(f"{flag}: {line}: must name one training image that has a label")
         labeled |= found
     if not labeled:
         raise InputError(f"{flag}: lists no image")
@@ -259,9 +262,9 @@ def endless(drawn: MicroBatches, start: int, workers: int, device: torch.device)
 
 
 def loader(dataset: Dataset, workers: int, **options) -> Iterator:
-    """Yields what a DataLoader does. Its processes leave signals to the main process.
+    """Yields the batches of a DataLoader. Its processes leave signals to the main process.
 
-    What they load ahead fits in a quarter of the rank's shared memory; some containers have 64 MB.
+    Batches loaded ahead take at most a quarter of this rank's shared memory (containers: 64 MB).
     """
     shared = shutil.disk_usage("/dev/shm").free if workers and Path("/dev/shm").exists() else 2**40
     shared //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -269,7 +272,7 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
         batch = sum(tensor.nbytes for tensor in dataset[0]) * (options["batch_size"] or 1)
         if (fitting := shared // 4 // batch) < 2 * workers:
             workers = min(workers, fitting)
-            warn(f"{shared / 2**20:.0f} MB of shared memory: {workers} loader processes")
+            warn(f"{shared / 2**20:.0f} MB of shared memory allow {workers} loader processes")
             options |= {"prefetch_factor": 1 if workers else None}
     options |= {"worker_init_fn": _start_worker, "timeout": SILENCE if workers else 0}
     try:
@@ -284,7 +287,7 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
             process.terminate()  # torch would wait 5 seconds for each that hangs
         if isinstance(error, KeyboardInterrupt):
             raise
-        # A process died, or gave nothing for a minute. What it raised ends its traceback.
+        # A process died or was silent for a minute. The last line is the error that it raised.
         lines = str(error).strip().splitlines()
         raise InputError(f"loading images: {lines[0]} {lines[-1]} (fewer --workers?)") from error
 

@@ -43,7 +43,7 @@ class SegmentationResNet(nn.Module):
         self.layer4 = _stage(16 * width, 8 * width, layers[3], strides[3], dilations[3], caffe)
 
     def initialize(self, *, train_affine: bool) -> None:
-        """Kaiming initialisation of all convolutions; train_affine=False freezes batch norm's."""
+        """Kaiming initialisation; train_affine=False freezes batch norm's weights and biases."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -40,9 +40,9 @@ def class_iou(matrix: Tensor) -> Tensor:
 
 
 def segment(network: nn.Module, image: Tensor, size, crop=None) -> Tensor:
-    """Classes at a size, (B,3,H,W) -> uint8 (B,*size), by logits; with a crop, by those of windows.
+    """Predicts each pixel's class: (B,3,H,W) -> uint8 (B,*size). crop: in overlapping windows.
 
-    The logits grow to the size one class after the other: all of a photograph's take gigabytes.
+    Logits are upsampled one class at a time: all classes of a photograph would take gigabytes.
     """
     if crop is None:
         features = network.features(image)
@@ -78,7 +78,7 @@ def _mean_logits(network: nn.Module, image: Tensor, h: int, w: int) -> Tensor:
 def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) -> dict[str, dict]:
     """Returns {"miou": ..., "iou": [...]} of each network in eval mode; an IoU of NaN is None.
 
-    Images are predicted whole and compared at the resolution of their labels. Modes are kept.
+    Predictions are compared at the resolution of the labels. Networks keep their modes.
     """
     pixels = max(part.shape[-2:].numel() for part in images[0])
     batch_size = max(1, min(8, 2**22 // pixels)) if images.same_size else 1
@@ -137,7 +137,7 @@ def load_state(parts: dict, checkpoint: dict) -> None:
         try:
             saved, fresh = checkpoint["state"][name], part.state_dict()
             part.load_state_dict(saved)
-            keys = () if isinstance(part, nn.Module) else fresh  # a network has refused by itself
+            keys = () if isinstance(part, nn.Module) else fresh  # a network checks its own keys
             lacking = [key for key in keys if key not in saved and key[0] != "_"]
             if lacking or (name == "optimizer" and _steps_fail(part, fresh["param_groups"])):
                 raise ValueError(lacking)
@@ -181,7 +181,8 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     paths = [p for g in given for p in (by_stem(g, IMAGE).values() if g.is_dir() else [g])]
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
-        raise InputError(f"--predict: needs a checkpoint and pictures; no file: {missing[:1]}")
+        names = ", ".join(map(str, missing)) or "none given"
+        raise InputError(f"--predict: needs a checkpoint and pictures; not there: {names}")
     results = [folder / f"{path.stem}{end}.png" for path in paths for end in ("", "_overlay")]
     files = [path.resolve() for path in (*paths, *results)]
     if len(set(files)) < len(files):

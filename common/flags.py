@@ -54,13 +54,13 @@ class Settings:  # the flags that all methods share; the comments are their help
     device: str | None = None  # torch device (default: cuda if available, else cpu)
     precision: Literal["bf16", "fp32"] | None = None  # number format (default: bf16 on CUDA)
     compile: bool | None = None  # compile the networks (default: on CUDA, for 5000 steps and more)
-    accumulate: Count = 1  # split a batch into N micro-batches
+    accumulate: Count = 1  # micro-batches that a batch is split into, on each rank
     workers: int | None = None  # number of loader processes
     output_dir: str | None = None  # folder of the run (default: runs/<method>_<dataset>_...)
     eval_every: Count | None = None  # evaluate every N steps (default: 8 times in all)
     save_every: Count | None = None  # save every N steps (default: every 5 minutes)
     tensorboard: bool = False  # also write TensorBoard's files (pip install tensorboard)
-    resume: str | None = None  # continue this last.pt; auto: that of the run's folder, if any
+    resume: str | None = None  # last.pt to continue; auto: the one in the run's folder, if any
     evaluate: str | None = None  # print the IoU of the networks in this last.pt, and end
     predict: tuple[str, ...] | None = None  # a last.pt, then pictures or folders: label them
     full_resolution: bool = False  # with --evaluate: keep the labels at their own size
@@ -82,7 +82,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     values["weights"] = "none" if given.get("preset") == "small" else values["weights"]
     defaults = values | vars(recipes[_recipe_name(given)])
     folder = Path(given.get("output_dir") or _folder(method, defaults, vars(recipe), given))
-    path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
+    path = given.get("resume") or given.get("evaluate") or given.get("predict", [None])[0]
     if path == "auto" and "resume" in given:
         path = folder / "last.pt" if (folder / "last.pt").exists() else None
     if path is not None:
@@ -177,7 +177,9 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     parser.add_argument("--list-datasets", action="version", **shown)
     for presets in ({"": Settings()}, recipes):
         if presets is recipes:
-            group = parser.add_argument_group("recipe", "in parentheses: sections of the paper")
+            group = parser.add_argument_group(
+                "recipe", "in parentheses: sections of the paper; code: from its program; ours"
+            )
         recipe_class = type(next(iter(presets.values())))
         comments = dict(re.findall(r"(\w+):.*  # (.*)", inspect.getsource(recipe_class)))
         for field in fields(recipe_class):

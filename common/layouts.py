@@ -231,7 +231,7 @@ def check_pair(image_path: Path, label_path: Path | None) -> tuple[tuple, bytes 
 
 
 def check_palettes(files: list, palettes: list, table: np.ndarray) -> None:
-    """Refuses palettes that give a class id different colours, because ids then differ, too."""
+    """Refuses label files whose palettes differ, because their ids may differ, too."""
     used = 3 * np.count_nonzero(table < INVALID)
     given = [(files[k][1], palette[:used]) for k, palette in enumerate(palettes) if palette]
     for path, palette in given:
@@ -261,7 +261,7 @@ def _read(path: Path, use: Callable):
         with Image.open(path) as image:
             deep, result = image.mode.startswith(("I", "F")), use(image)
     except Exception as error:  # a damaged file raises nearly any type
-        raise InputError(f"{path}: a damaged file, an empty file, no image ({error!r})") from error
+        raise InputError(f"{path}: damaged, empty or not an image ({error!r})") from error
     if deep:
         raise InputError(f"{path}: more than 8 bits a channel; convert it to 8-bit RGB or grey")
     return result

@@ -16,12 +16,12 @@ from torch.distributed.rendezvous import rendezvous
 from common import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NUMBER = torch.zeros((), dtype=torch.int64)  # kept for ever: torch 2.5 may hang where it is freed
+_NUMBER = torch.zeros((), dtype=torch.int64)  # never freed: torch 2.5 may hang when it frees this
 
 
 def join(args) -> None:
     """Connects the ranks. From here on only rank 0 prints to stdout."""
-    # gloo sends the numbers of the host. No rank has to wait for its GPU then.
+    # gloo sends numbers between CPUs, so no rank waits for its GPU.
     backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
     if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise InputError(f"WORLD_SIZE is set, but not {sorted(missing)}: start it with torchrun")
@@ -72,7 +72,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def check_batch_size(batch_size: int, args, *, accumulate: int, least: int) -> None:
-    """Refuses a batch that the micro-batches, `accumulate` on each rank, cannot share equally."""
+    """Raises InputError unless the batch divides into ranks * accumulate equal micro-batches."""
     count = args.ranks * accumulate
     if batch_size % count:
         raise InputError(f"--batch-size {batch_size}: cannot be split into {count} micro-batches")

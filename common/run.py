@@ -67,9 +67,9 @@ def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
 
 
 class Session:
-    """One training run of networks, optimizer and more (state), which its checkpoints keep.
+    """A training run. A checkpoint saves all of state: networks, optimizer and schedule.
 
-    headline: the network to report. micro_batches: this rank's, numbered across all ranks.
+    headline names the network to report. micro_batches are the numbers of this rank's own.
     """
 
     def __init__(self, recipe, args, data: Data, split, state, *, headline: str, accumulate=None):
@@ -144,12 +144,12 @@ class Session:
             raise KeyboardInterrupt(number, f" after iteration {done}{self.how}")
 
     def _on_signal(self, number: int, _) -> None:
-        # A second Ctrl-C waits only for a checkpoint to be written. torchrun repeats its signals.
+        # A second Ctrl-C stops at once, except during a save. (torchrun sends each signal again.)
         again = self.signal and self.args.ranks == 1 and number in SIGNALS
         self.signal = number if number in SIGNALS else self.signal
         late = waiting and time.monotonic() - waiting[0] > PATIENCE
         if late or (again and not self.partial.exists()):
-            raise KeyboardInterrupt(self.signal, self.how * self.last.exists())
+            raise KeyboardInterrupt(self.signal, self.how if self.last.exists() else "")
         if ALARM not in SIGNALS:
             signal.alarm(1)  # calls this again
 
@@ -170,8 +170,8 @@ class Session:
 
             self.board = SummaryWriter(self.folder)
         self.partial.unlink(missing_ok=True)  # of a killed run
-        # A killed run repeats the steps after its last checkpoint. A log beside no such checkpoint
-        # is another run's.
+        # A killed run repeats the steps after its checkpoint, so the log is cut back to there.
+        # A log without this run's checkpoint belongs to another run and is emptied.
         own = self.start and args.checkpoint["path"].parent.resolve() == self.folder.resolve()
         kept = log.read_bytes()[: args.checkpoint["logged"]] if own and log.exists() else b""
         cache.write(log, lambda file: file.write(kept))

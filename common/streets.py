@@ -1,4 +1,4 @@
-"""Procedurally drawn street scenes: the data set that is always there.
+"""Procedurally drawn street scenes: a data set that needs no download.
 
 A scene is a list of polygons in metres (x right, y up, z ahead, the camera above the origin),
 painted far to near into one image of part numbers. Class, colour, texture, light and fog are looked

@@ -123,4 +123,4 @@ def test_a_damaged_source_is_one_line(tree, tmp_path):
     path.write_bytes(path.read_bytes()[:9000])
     status, _, errors = finish(start("classmix.py", *SMALL.split(), tree, "--output-dir", tmp_path))
     assert status == 2 and errors.count("\nclassmix.py: ") == 1
-    assert problems(errors)[-1].startswith(f"classmix.py: {path}: a damaged file")
+    assert problems(errors)[-1].startswith(f"classmix.py: {path}: damaged")

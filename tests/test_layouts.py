@@ -192,11 +192,11 @@ BAD_TREES = [
     ("cityscapes", write_over("traina*Ids.png", GREY), "label id 77"),
     ("cityscapes", write_over("traina*Ids.png", GREY | 255), "label id 255"),  # train ids have it
     ("cityscapes", write_over("traina*Ids.png", GREY[:8]), "(96, 8) pixels"),
-    ("cityscapes", lambda r: one(r, "valb*Ids.png").write_bytes(b""), "an empty file"),
+    ("cityscapes", lambda r: one(r, "valb*Ids.png").write_bytes(b""), "damaged, empty"),
     (
         "cityscapes",
         lambda r: os.truncate(one(r, "traina*8bit.png"), 60),
-        "8bit.png: a damaged file",
+        "8bit.png: damaged",
     ),
     ("cityscapes", lambda r: one(r, "vala*8bit.png").unlink(), "Ids.png: no image in "),
     ("voc", lambda r: shutil.rmtree(r / "JPEGImages"), "VOCdevkit/VOC2012/JPEGImages"),
@@ -204,8 +204,8 @@ BAD_TREES = [
     ("voc", lambda r: one(r, "val.txt").unlink(), "val.txt: no such file"),
     ("voc", lambda r: one(r, "val.txt").write_text("nobody"), "nobody has no image"),
     ("voc", lambda r: one(r, "2007_000007.png").unlink(), "2007_000007 has no label"),
-    ("voc", use_mat(0, b"MAT"), "2007_000000.mat: a damaged file, an empty file"),
-    ("voc", use_mat(0, b""), "2007_000000.mat: a damaged file"),
+    ("voc", use_mat(0, b"MAT"), "2007_000000.mat: damaged, empty"),
+    ("voc", use_mat(0, b""), "2007_000000.mat: damaged"),
     ("voc", use_mat(1), "2007_000001.mat: (60, 40) pixels"),
     ("voc", use_mat(6), "2007_000006 has no label"),  # only PNG masks serve for validation
     ("bdd100k", lambda r: shutil.rmtree(r / "images"), "bdd100k/seg/images/train"),

@@ -286,7 +286,7 @@ def test_a_picture_that_goes_bad_is_named_with_its_step(run, folder, monkeypatch
     bad.write_bytes(bad.read_bytes()[:-200])  # its header is sound
     status, _, errors = run("--iterations", 9, "--workers", workers)
     (line,) = problems(errors)
-    assert status == 2 and re.match(rf"classmix.py: {bad}: a damaged file, .* at step \d$", line)
+    assert status == 2 and re.match(rf"classmix.py: {bad}: damaged, .* at step \d$", line)
 
 
 @pytest.mark.parametrize("act", [lambda: os._exit(1), lambda: time.sleep(9)])

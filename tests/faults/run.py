@@ -1,11 +1,12 @@
-"""Long fault runs: python tests/faults/run.py kill|signals|fuzz [--count N] [--seed S].
+"""Long fault runs: python tests/faults/run.py kill|signals|ranks|fuzz [--count N] [--seed S].
 
 kill: SIGKILL, often while saving; signals: SIGINT or SIGTERM, also twice and during imports; after
-either, the resumed run must equal an undisturbed one. fuzz: a damaged file must give an InputError
-that names it, or be read. The last line says: tried N, passed N.
+either, the resumed run must equal an undisturbed one. ranks: SIGKILL to a rank. fuzz: a damaged
+file must give an InputError that names it, or be read. The last line says: tried N, passed N.
 """
 
 import argparse
+import os
 import random
 import shutil
 import signal
@@ -62,6 +63,18 @@ def stop(numbers: tuple, rng: random.Random, work: Path) -> None:
     check(method, work)
 
 
+def ranks(rng: random.Random, work: Path) -> None:
+    options = ("--max-restarts=1", "--monitor-interval=0.1")
+    process = conftest.start(*command("classmix", work / "run"), ranks=2, options=options)
+    while not (work / "run/last.pt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0, 1))
+    for child in rng.sample(conftest.children(process), 1):
+        os.kill(child, signal.SIGKILL)
+    status, _, errors = conftest.finish(process)
+    assert status == 0 and (work / "run/result.json").exists(), errors
+
+
 def damage(rng: random.Random, data: bytes, png: bool) -> bytes:
     """Cuts the end, changes bytes or, with a right checksum, damages or adds a chunk of a PNG."""
     kind = rng.randrange(3 if png else 2)
@@ -114,7 +127,7 @@ def fuzz(rng: random.Random, work: Path) -> None:
     signal.alarm(0)
 
 
-RUNS = {"kill": partial(stop, (signal.SIGKILL,)), "fuzz": fuzz}
+RUNS = {"kill": partial(stop, (signal.SIGKILL,)), "ranks": ranks, "fuzz": fuzz}
 RUNS["signals"] = partial(stop, (signal.SIGINT, signal.SIGTERM))
 
 
