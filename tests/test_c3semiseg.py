@@ -459,6 +459,16 @@ def test_once_the_teacher_labels_images_its_statistics_are_its_own(camvid):
     assert_close(teacher.bn1.running_var, norm.running_var)
 
 
+def test_the_gradients_of_groups_are_averaged(camvid):
+    """They differ a little by batch norm. Adam hides their scale; its first moments show it."""
+    norms = []
+    for size in (1, 4):
+        session = train(camvid, "--supervised", "--iterations", 1, "--group-size", size)
+        state = session.state["optimizer"].state_dict()["state"]
+        norms.append(torch.cat([x["exp_avg"].flatten() for x in state.values()]).norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.5)  # 4 times as large if they were added
+
+
 def test_checkpoints_with_and_without_a_head(command, camvid, tmp_path, monkeypatch):
     """The projection head is dropped at the end (section 3.5)."""
     last, args = tmp_path / "run/last.pt", (*tiny("c3semiseg", camvid), "--iterations", 4)
