@@ -82,7 +82,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     values["weights"] = "none" if given.get("preset") == "small" else values["weights"]
     defaults = values | vars(recipes[_recipe_name(given)])
     folder = Path(given.get("output_dir") or _folder(method, defaults, vars(recipe), given))
-    path = given.get("resume") or given.get("evaluate") or given.get("predict", [None])[0]
+    path = given.get("resume", given.get("evaluate", given.get("predict", [None])[0]))
     if path == "auto" and "resume" in given:
         path = folder / "last.pt" if (folder / "last.pt").exists() else None
     if path is not None:
@@ -98,7 +98,9 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     for field in fields(recipe):
         if field.type in RANGES and (pair := getattr(recipe, field.name))[0] > pair[1]:
             raise InputError(f"--{field.name.replace('_', '-')}: {pair[0]} is above {pair[1]}")
-    return recipe, _complete(argparse.Namespace(**values, method=method), recipe.iterations)
+    return recipe, _complete(
+        argparse.Namespace(**values, method=method, given=[*given]), recipe.iterations
+    )
 
 
 def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dict) -> dict:

@@ -1,10 +1,12 @@
 """What surrounds a training loop: folder, log, checkpoints, evaluation, signals."""
 
 import json
+import math
 import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -86,6 +88,8 @@ class Session:
         self.eval_every = args.eval_every or max(1, recipe.iterations // 8)
         self.save_every, self.saved = args.save_every, time.perf_counter()
         self.start, self.seconds, self.miou, self.signal, self.board = 0, 0.0, None, 0, None
+        self.terminal = sys.stdout.isatty()
+        self.shown, self.scoring = 0.0, 0.0  # time of the last line, seconds of an evaluation
         self.sums: dict[str, tuple[Tensor, int]] = {}  # what was logged since the last log line
         self.named = {"headline": headline, "class_names": list(data.class_names)}
 
@@ -142,6 +146,19 @@ class Session:
         if number > 1 and done < last:
             ranks.leave()
             raise KeyboardInterrupt(number, f" after iteration {done}{self.how}")
+        if self.first and self.terminal and done < last and time.perf_counter() > self.shown + 1:
+            means = (f"{k} {v / n:.3g}" for k, (v, n) in self.sums.items())
+            score = "" if self.miou is None else f"{self.headline} {100 * self.miou:.1f}% mIoU"
+            line = "  ".join((f"[{done}/{last}]", *means, score, self._left(done)))
+            print(f"{line}\033[K\r", end="", flush=True)  # the next line takes its place
+            self.shown = time.perf_counter()
+
+    def _left(self, done: int) -> str:
+        """Returns the time to the end, evaluations included."""
+        seconds = self.seconds + time.perf_counter() - self.clock
+        evaluations = math.ceil((self.recipe.iterations - done + 1) / self.eval_every)
+        rest = (self.recipe.iterations - done) * seconds / done + evaluations * self.scoring
+        return f"{rest / 60:.0f} min left"
 
     def _on_signal(self, number: int, _) -> None:
         # A second Ctrl-C stops at once, except during a save. (torchrun sends each signal again.)
@@ -156,7 +173,7 @@ class Session:
     def _open_folder(self) -> None:
         args, log, config = self.args, self.folder / "log.jsonl", self.folder / "config.json"
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
-        left_out += ("out", "keep_aspect", "method", "output_dir", "rank", "ranks")
+        left_out += ("out", "keep_aspect", "given", "method", "output_dir", "rank", "ranks")
         self.config = {
             "method": args.method,
             "recipe": asdict(self.recipe),
@@ -182,7 +199,9 @@ class Session:
         counts = f"{len(self.names)} labeled and {len(self.split[1])} unlabeled"
         scored = f"{len(self.images)} {self.part} images, {self.data.num_classes} classes"
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
-        print("recipe: " + ", ".join(f"{k} {v}" for k, v in asdict(self.recipe).items()))
+        recipe = asdict(self.recipe).items()
+        fields = (f"{k} {v}{' (given)' if k in args.given else ''}" for k, v in recipe)
+        print(textwrap.fill("recipe: " + ", ".join(fields), 100, subsequent_indent="  "))
         print(f"data: {counts} of {len(self.data.train)} training images, {scored}")
         compiled = "compiled (the first step may take minutes)" if args.compile else "not compiled"
         print(f"device: {args.device}, {args.precision}, networks {compiled}")
@@ -201,8 +220,7 @@ class Session:
         self.seconds, self.clock = self.seconds + now - self.clock, now
         if logging:
             lr, self.sums = self.state["optimizer"].param_groups[0]["lr"], {}
-            minutes = (self.recipe.iterations - done) * self.seconds / done / 60
-            speed = f"{done / self.seconds:.2f} steps/s  {minutes:.0f} min left"
+            speed = f"{done / self.seconds:.2f} steps/s  {self._left(done)}"
             if self.first:
                 self._append(done, {**means, "lr": lr, "seconds": round(self.seconds, 2)}, speed)
 
@@ -215,9 +233,11 @@ class Session:
         for name, value in shown.items() if self.board else ():
             self.board.add_scalar(name, value, done)
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        print(f"[{done}/{self.recipe.iterations}] {values}  {note}", flush=True)
+        clear = "\033[K" if self.terminal else ""  # the rest of the line that is rewritten
+        print(f"[{done}/{self.recipe.iterations}] {values}  {note}{clear}", flush=True)
 
     def _evaluate(self, done: int, columns: dict[str, Tensor]) -> None:
+        started = time.perf_counter()
         scores = evaluation.evaluate(self.networks, self.images, self.data.num_classes, self.args)
         self.miou = scores[self.headline]["miou"]
         self._append(done, scores, f"% mIoU on {len(self.images)} {self.part} images")
@@ -227,6 +247,7 @@ class Session:
         path = self.folder / f"samples/{done:06d}.png"
         cache.write(path, partial(sheet.save, format="PNG"))
         self.clock = time.perf_counter()  # the seconds of a run are those of its training
+        self.scoring = self.clock - started
         if done < self.recipe.iterations:
             return
         result = {

@@ -23,7 +23,7 @@ from common.flags import parse_args, read_checkpoint
 from common.pictures import colorize, legend
 
 TILE, LEFT = (152, 76), 118  # pixels: width and height of a picture, width of the names
-COLUMNS = ("image A", "image B", "prediction for A", "mask (white: A)", "mixed image", "its label")
+COLUMNS = ("image A", "image B", "label of A", "mask (white: A)", "mixed image", "its label")
 
 
 def tile(values: Tensor, palette) -> Image.Image:

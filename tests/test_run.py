@@ -296,6 +296,17 @@ def test_folders_name_what_differs_from_the_recipe(tmp_path, monkeypatch, given)
     assert args.output_dir == Path(f"runs/classmix_cityscapes_{NAMES[given]}")
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_shows_one_line_that_is_rewritten(
+    command, args, tmp_path, monkeypatch, capsys, terminal
+):
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: terminal)
+    flags = ("--iterations", 3, "--output-dir", tmp_path / "run")
+    status, printed, _ = command("classmix", *args, *flags)
+    assert status == 0 and printed.count("min left\033[K\r") == terminal
+    assert printed.count("steps/s") == 3 and ("\033[K\n" in printed) == terminal
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dataset", DEFAULTS)
 def test_small_hardware_needs_one_flag_for_each_data_set(method, dataset):
