@@ -607,13 +607,16 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
         for k in session.micro_batches:  # groups; their gradients add up
             image_l, label_l = next(batches_l)
             generator = torch.Generator(args.device).manual_seed(seed(k, "boxes, pixels"))
-            options = {"contrast": make_contrast(recipe, generator) if contrasting else None}
+            contrast = make_contrast(recipe, generator) if contrasting else None
             if semi:
-                pairs = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
-                options["sets"] = recipe.contrast
-                terms, details = c3_loss(student, (image_l, label_l), targets[k], *pairs, **options)
+                order, box = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
+                labeled_set, options = (
+                    (image_l, label_l),
+                    {"contrast": contrast, "sets": recipe.contrast},
+                )
+                terms, details = c3_loss(student, labeled_set, targets[k], order, box, **options)
             else:
-                terms, details = warmup_loss(student, image_l, label_l, **options)
+                terms, details = warmup_loss(student, image_l, label_l, contrast=contrast)
             loss = sum(weights[name] * term for name, term in terms.items())  # equation 7
             (loss / groups).backward()
             session.log(terms)

@@ -253,7 +253,7 @@ def confident_fraction(prob: Tensor, threshold: float, valid: Tensor) -> Tensor:
     return ((prob.amax(1) > threshold) & valid).sum() / valid.sum().clamp(min=1)
 
 
-def mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold=0.97, shown=None):
+def mixing_loss(student, teacher, image_a, image_b, combine, valid, *, threshold=0.97, shown=None):
     """Equation 2 as in listing 3: (B,3,H,W) twice, (B,H,W) bool -> scalar, details.
 
     combine is the paper's mix(a, b, M); it mixes images and probabilities. Padding is not valid.
@@ -268,7 +268,7 @@ def mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold=0.
     return consistency_loss(student, image_mix, prob_mix, fraction, valid)  # (lines 10, 15)
 
 
-def cutout_loss(student, teacher, image, mask, fill, valid, threshold=0.97, shown=None):
+def cutout_loss(student, teacher, image, mask, fill, valid, *, threshold=0.97, shown=None):
     """Section 3.3 as in listing 2: (B,3,H,W), (B,H,W) bool twice -> scalar, details.
 
     Where the mask is False the student sees fill (3,1,1), the mean colour, which normalises to 0.
@@ -424,40 +424,40 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     a and b are pairs of images (B,3,H,W) and padding masks (B,H,W), which are 255 in padding.
     """
     (image_a, padding_a), (image_b, padding_b) = a, b
-    valid_a, valid_b = padding_a != 255, padding_b != 255
-    kind, threshold = recipe.perturbation, recipe.confidence_threshold
+    valid_a, valid_b, kind = padding_a != 255, padding_b != 255, recipe.perturbation
     batch, _, *size = image_a.shape
     generator = torch.Generator(image_a.device).manual_seed(seed("perturbation"))
     shown = (image_a, image_b)
     if recipe.color_jitter:
         shown = jitter(seed("color"), torch.cat(shown)).chunk(2)
+    options = {"threshold": recipe.confidence_threshold, "shown": shown}
     if kind == "aug":
         matrix_a, color = draw_aug(recipe, batch, generator)
         matrix_b, _ = draw_aug(recipe, batch, generator)
-        change = (matrix_a, matrix_b, color, fill)
-        return aug_loss(student, teacher, image_a, *change, valid_a, threshold)
+        given = (image_a, matrix_a, matrix_b, color, fill, valid_a)
+        return aug_loss(student, teacher, *given, options["threshold"])
     if kind == "ict":
         random = np.random.default_rng(seed("perturbation"))
         blend = random.beta(recipe.ict_alpha, recipe.ict_alpha, batch)
         blend = torch.tensor(blend).float().view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
         combine, valid = partial(torch.lerp, weight=blend), valid_a & valid_b
-        return mixing_loss(student, teacher, image_a, image_b, combine, valid, threshold, shown)
-    options = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
+        return mixing_loss(student, teacher, image_a, image_b, combine, valid, **options)
+    draw = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
     if kind in ("cowmix", "cowout"):
-        mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **options)
+        mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **draw)
     else:
-        mask = box_mask(batch, size, **options)
+        mask = box_mask(batch, size, **draw)
     if kind in ("cowout", "cutout"):
-        how = (fill, valid_a, threshold, shown[0])
-        loss, details = cutout_loss(student, teacher, image_a, mask, *how)
+        options["shown"] = shown[0]
+        loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, **options)
         return loss, {"mask": mask, **details}
 
     def combine(a: Tensor, b: Tensor) -> Tensor:
         """mix(a, b, M) = (1 - M) a + M b (3.3)."""
         return mix(mask, b, a)
 
-    how = (combine, combine(valid_a, valid_b), threshold, shown)
-    loss, details = mixing_loss(student, teacher, image_a, image_b, *how)
+    valid = combine(valid_a, valid_b)
+    loss, details = mixing_loss(student, teacher, image_a, image_b, combine, valid, **options)
     return loss, {"mask": mask, **details}
 
 

@@ -5,13 +5,14 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import METHODS, ROOT, children, finish, problems, read_log, read_state, start, tiny
 
 import classmix
-from common import InputError, flags, run
+from common import InputError, flags, ranks, run
 
 
 def losses(folder: Path) -> list[dict]:
@@ -65,6 +66,13 @@ def test_batch_norm_statistics_are_averaged_over_ranks(tmp_path):
     (tmp_path / "averaged.py").write_text(AVERAGED)
     status, _, errors = finish(start(tmp_path / "averaged.py", ranks=2))
     assert status == 0 and errors.count("[0.5, 0.5, 0.5] [2.0, 2.0, 2.0]") == 2
+
+
+def test_statistics_are_averaged_whenever_they_are_used(command, camvid, tmp_path):
+    flags = ("--iterations", 4, "--eval-every", 4, "--save-every", 2, "--output-dir", tmp_path)
+    with mock.patch.object(ranks, "average_statistics") as averaged:
+        command("classmix", *tiny("classmix", camvid), *flags)
+    assert averaged.call_count == 2
 
 
 STOPPED = f"""

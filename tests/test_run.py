@@ -371,7 +371,7 @@ def test_checkpoints_that_do_not_fit_are_refused(refused, args, trained, folder,
     assert "last.pt exists: " in refused(*args, "--output-dir", trained)
     content = torch.load(last, weights_only=True)
     torch.save({**content, "labeled_names": ["x"]}, other)
-    assert "training images" in refused("--resume", other)
+    assert "training image" in refused("--resume", other)
     torch.save(content["state"]["student"], other)
     assert "not a checkpoint" in refused("--evaluate", other)
 
