@@ -8,15 +8,15 @@
 #     tests      the tests marked cuda
 #     cli        each file from the command line: stopped by SIGTERM, then resumed
 #     bf16, fp32 speed of the recipes, not compiled; precision: losses of ClassMix in both
-#     streets    ClassMix and its baseline with three seeds; camvid: the same on CamVid
+#     camvid     the runs of camvid.sh that end in time, from data/camvid; streets: those of streets.sh
 # Environment: PYTHON (default python), CAMVID (folder of CamVid, default data/camvid), ONLY (a pattern
 # of the recipes to be timed).
 set -uo pipefail
 out=$(mkdir -p "$1" && realpath "$1") && shift
 camvid=$(realpath -m "${CAMVID:-data/camvid}") all="compiled tests cli bf16 fp32"
-export out camvid PYTHON=${PYTHON:-python} jobs='' tiny='' crop='' short='' steps=10 stopped=400 seeds='0 1 2' patience=1
+export out camvid PYTHON=${PYTHON:-python} jobs='' tiny='' crop='' short='' steps=10 stopped=400 patience=1
 if [ "${1:-}" = --dry ]; then
-    shift && all="tests cli fp32" patience=20 jobs=2 short="--iterations 10 --warmup 2 --eval-every 10" steps=1 stopped=8 seeds=0
+    shift && all="tests cli fp32" patience=20 jobs=2 short="--iterations 10 --warmup 2 --eval-every 10" steps=1 stopped=8
     tiny="--layers 1 1 1 1 --width 4 --size 32 64" crop="--layers 1 1 1 1 --width 4 --crop 32 32 --batch-size 2"
 fi
 parts=" ${*:-$all precision streets camvid} "
@@ -54,28 +54,17 @@ precision() {
     flags="$tiny --iterations 50 --warmup 10 --eval-every 50 --no-compile $short --output-dir '$out/precision"
     printf '%s\n' "classmix.py --precision bf16 $flags/bf16'" "classmix.py --precision fp32 $flags/fp32'" | at_once 2
 }
-seeds() { # $1: data set, then flags
-    for seed in $seeds; do
-        run="classmix.py --dataset $* $tiny $short --seed $seed --output-dir '$out/$1/$1"
-        printf '%s\n' "${run}_classmix_s$seed'" "${run}_supervised_s$seed' --supervised"
-    done | at_once 6
-}
-streets() { seeds streets; }
-camvid() { # with the flags of camvid.sh
-    [ -d "$camvid" ] || { echo "no folder $camvid" && return; }
-    small="--size 120 160 --width 16 --layers 1 1 1 1 --aspp-rates 1 2 --weights none --batch-size 4 --iterations 2000"
-    adam="--warmup 300 --optimizer adam --lr 6e-3 --head-factor 1 --weight-decay 0 --workers 2"
-    seeds camvid --data-dir "'$camvid'" --labeled 30 --evaluate-split val "$small $adam"
-}
+streets() { RESULTS="$out" benchmarks/streets.sh 12; } # runs that end in time
+camvid() { RESULTS="$out" benchmarks/camvid.sh 12; }
 part() { # runs part $1 for at most $2 seconds
     [[ $parts == *" $1 "* ]] || return
     rm -rf "${out:?}/$1" && local start=$SECONDS
     timeout -k 5 $(($2 * patience)) bash -c "$1" > "$out/$1.txt" 2>&1
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" $? $((SECONDS - start)) | tee -a "$out/parts.tsv"
 }
-export -f at_once recipes untimed compiled tests cli resumed bf16 fp32 precision seeds streets camvid
+export -f at_once recipes untimed compiled tests cli resumed bf16 fp32 precision streets camvid
 printf 'part\tlimit\tstatus\tseconds\n' > "$out/parts.tsv"
 part compiled 240 & part tests 100; part cli 90; wait # at most 240 s; the others 290 s
-part bf16 50; part fp32 50; part precision 25; part streets 85; part camvid 80
+part bf16 50; part fp32 50; part precision 25; part camvid 90; part streets 75
 "$PYTHON" benchmarks/table.py "$out" | tee "$out/tables.md"
 awk -F '\t' 'NR > 1 && $3 { exit 1 }' "$out/parts.tsv"

@@ -10,6 +10,7 @@ standard deviations; a gain is the mean of the differences to the baseline of th
 
 import argparse
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -61,7 +62,7 @@ STREETS = (
     ("without contrast, intra-set", "c3semiseg_intra", "c3semiseg_supervised", "6.7"),
 )
 TABLES = {"camvid": CAMVID, "streets": STREETS}
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parents[1] / "results"))
 SPEED = ("method", "dataset", "network", "size", "images", "precision", "compile", "ms", "TFLOP")
 SPEED += ("TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
 
