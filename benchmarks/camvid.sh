@@ -8,8 +8,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { # seed, folder, method and its flags
+    set -euo pipefail # bash -c does not inherit it
     local out=${RESULTS:-results}/camvid/$2_s$1 python=${PYTHON:-python} seed=$1 file=$3
-    [ -e "$out/test.txt" ] && return
+    if [ -e "$out/test.txt" ]; then return; fi
     shift 3
     $python "$file.py" "$@" --dataset camvid --preset small --labeled 30 --precision bf16 --seed "$seed" \
         --workers 0 --evaluate-split val --output-dir "$out" --resume auto > "$out.log"

@@ -9,10 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { # seed, folder, method and its flags
+    set -euo pipefail # bash -c does not inherit it
     local out=${RESULTS:-results}/streets/$2_s$1 python=${PYTHON:-python} seed=$1 file=$3
-    [ -e "$out/result.json" ] && return
+    if [ -e "$out/result.json" ]; then return; fi
     shift 3
-    $python "$file.py" "$@" --precision bf16 --seed "$seed" --output-dir "$out" --resume auto > "$out.log"
+    $python "$file.py" "$@" --seed "$seed" --output-dir "$out" --resume auto > "$out.log"
     rm "$out.log"
 }
 export -f run

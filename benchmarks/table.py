@@ -67,14 +67,14 @@ SPEED = ("method", "dataset", "network", "size", "images", "precision", "compile
 SPEED += ("TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
 
 
-def read_scores(folder: Path) -> dict[str, float]:
-    """Returns the percentage mIoU of student, teacher and headline network of a finished run."""
+def read_scores(folder: Path) -> dict:
+    """Returns % mIoU of student and teacher of a finished run, and which one its paper reports."""
     result = json.loads((folder / "result.json").read_text())
     scores = {name: 100 * result[name]["miou"] for name in ("student", "teacher")}
     if (folder / "test.txt").exists():  # what --evaluate has printed
         line = (folder / "test.txt").read_text().splitlines()[-1]
         scores = dict(zip(scores, map(float, line.split()[1:]), strict=True))
-    return {**scores, "headline": scores[result["headline"]]}
+    return {**scores, "headline": result["headline"]}
 
 
 def read_runs(name: str, folder: str | None) -> dict[int, dict]:
@@ -97,11 +97,10 @@ def print_results(name: str) -> None:
     print("|---|---|---|---|---|---|")
     for title, folder, baseline, paper in TABLES[name]:
         runs, others = read_runs(name, folder), read_runs(name, baseline)
-        gains = [
-            runs[seed]["headline"] - others[seed]["headline"] for seed in runs if seed in others
-        ]
+        network = runs[min(runs)]["headline"] if runs else "student"
+        gains = [runs[seed][network] - others[seed][network] for seed in runs if seed in others]
         cells = [spread([run[net] for run in runs.values()]) for net in ("student", "teacher")]
-        cells += [spread(gains, "+"), f"{runs[0]['headline']:.1f}" if 0 in runs else "", paper]
+        cells += [spread(gains, "+"), f"{runs[0][network]:.1f}" if 0 in runs else "", paper]
         if runs:
             print(f"| {title} | {' | '.join(cells)} |")
 
@@ -138,6 +137,8 @@ def main() -> None:
     if what in TABLES:
         print_results(what)
         return
+    if not (Path(what) / "speed.jsonl").exists():
+        parser.error(f"{what}: neither a table nor a folder of gpu.sh")
     print_speed(Path(what) / "speed.jsonl")
     print_precision(Path(what) / "precision")
 

@@ -184,7 +184,7 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
         names = ", ".join(map(str, missing)) or "none given"
         raise InputError(f"--predict: needs a checkpoint and pictures; not there: {names}")
     results = [folder / f"{path.stem}{end}.png" for path in paths for end in ("", "_overlay")]
-    files = [path.resolve() for path in (*paths, *results)]
+    files = [path.resolve() for path in (*paths, *results, folder / "legend.png")]
     if len(set(files)) < len(files):
         raise InputError(f"--predict: results in {folder} would overwrite a picture or each other")
     headline = _load_network(recipe, args, network, args.checkpoint["headline"])

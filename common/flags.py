@@ -91,8 +91,10 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
     last = folder / "last.pt"
     if last.exists() and (path is None or ("resume" in given and not last.samefile(path))):
         raise InputError(f"{last} exists: --resume auto continues it, --output-dir starts another")
-    if "size" in given and values["size"] is None and "crop" not in given:
-        given = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,), **given}  # no crop
+    if "size" in given and "crop" not in given:
+        least = values["crop"] if values["size"] else (math.inf, math.inf)
+        if least and any(n < k for n, k in zip(given["size"], least, strict=True)):
+            given = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,), **given}  # no crop
     values |= {name: given[name] for name in values if name in given} | {"output_dir": folder}
     recipe = replace(recipe, **{name: values.pop(name) for name in vars(recipe)})
     for field in fields(recipe):
@@ -105,7 +107,8 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
 
 def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dict) -> dict:
     """Returns the values with those of a checkpoint. A resumed run keeps its recipe."""
-    path, stored = checkpoint["path"], {**checkpoint["args"], **checkpoint["recipe"]}
+    path = checkpoint["path"]
+    stored = {"preset": "paper", **checkpoint["args"], **checkpoint["recipe"]}
     if {*FIXED} - {*stored} or {*checkpoint["recipe"]} - {*values} or checkpoint["iteration"] < 0:
         raise InputError(f"{path}: damaged, or a checkpoint of another version of this file")
     parser.prog += f": {path}"  # the stored values pass through their flags, which refuse bad ones

@@ -1,5 +1,6 @@
 """Pictures: classes in colours, sheets of samples, and line charts, drawn with Pillow."""
 
+import itertools
 import json
 import math
 import textwrap
@@ -43,9 +44,9 @@ def overlay(picture: Image.Image, classes: Image.Image) -> Image.Image:
 
 
 def legend(class_names: Sequence[str], palette: Sequence, width: int, text: int) -> Image.Image:
-    """Names the colours, in as many rows as they need. width and height of the text: pixels."""
+    """Names class ids and colours in rows. width, and text (height of letters), are in pixels."""
     font, x, y, places = ImageFont.load_default(text), 0, 0, []
-    for name in (*class_names, "void"):
+    for name in (*(f"{k} {name}" for k, name in enumerate(class_names)), "void"):
         needed = round(font.getlength(name)) + 3 * text
         x, y = (0, y + 2 * text) if x and x + needed > width else (x, y)
         places.append((x, y, name))
@@ -98,7 +99,7 @@ def draw_chart(lines: dict, title: str, xlabel: str, *, ends=None, log=(False, F
 
     ends: first and last x, by default those of the lines. log: whether x and y are logarithmic.
     """
-    size, font = (760, height), ImageFont.load_default(26)
+    size, font = (760, max(height, 17 * len(lines) + 72)), ImageFont.load_default(26)
     picture = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")  # reducing it smooths the lines
     draw = ImageDraw.Draw(picture, "RGBA")
     left, right, top, bottom = 100, 2 * size[0] - 330, 60, 2 * size[1] - 84
@@ -114,11 +115,14 @@ def draw_chart(lines: dict, title: str, xlabel: str, *, ends=None, log=(False, F
     draw.text((left, 14), title, "black", font)
     draw.text(((left + right) / 2, 2 * size[1] - 36), xlabel, "black", font, anchor="ma")
     order = sorted(lines, key=lambda name: -lines[name][1, -1])  # the best line is named first
-    for (name, (x, y, half)), color in zip(lines.items(), COLORS, strict=False):
+    for (name, (x, y, half)), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
         around = np.concatenate([y - half, (y + half)[::-1]])
         band = np.stack([column(np.concatenate([x, x[::-1]])), row(around)], 1)
         draw.polygon(band.ravel().tolist(), color + "30")
         draw.line(np.stack([column(x), row(y)], 1).ravel().tolist(), color, 4, joint="curve")
+        if len(x) == 1:
+            at = column(x[0]), row(y[0])
+            draw.ellipse((at[0] - 6, at[1] - 6, at[0] + 6, at[1] + 6), color)
         draw.text((right + 20, top + 34 * order.index(name)), name, color, font)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
@@ -146,11 +150,11 @@ def draw_curve(log: Path) -> Image.Image:
         for name, value in entry.items():
             scored = isinstance(value, dict)
             title = titles[2 if scored else not name.startswith("loss")]
-            value = 100 * value["miou"] if scored else max(value, 1e-3)  # for a logarithmic axis
+            value = 100 * value["miou"] if scored else value
             if name not in ("iteration", "lr", "seconds"):
                 x, y, _ = panels[title].setdefault(name, ([], [], 0))
                 x.append(entry["iteration"])
-                y.append(value)
+                y.append(max(value, 1e-3) if title == "losses" else value)  # a logarithmic axis
     ends = (0, entries[-1]["iteration"])
     charts = [
         draw_chart(lines, title, "step", ends=ends, log=(False, title == "losses"))

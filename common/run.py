@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -149,7 +150,8 @@ class Session:
         if self.first and self.terminal and done < last and time.perf_counter() > self.shown + 1:
             means = (f"{k} {v / n:.3g}" for k, (v, n) in self.sums.items())
             score = "" if self.miou is None else f"{self.headline} {100 * self.miou:.1f}% mIoU"
-            line = "  ".join((f"[{done}/{last}]", *means, score, self._left(done)))
+            line = "  ".join((f"[{done}/{last}]", self._left(done), score, *means))
+            line = line[: shutil.get_terminal_size().columns - 1]
             print(f"{line}\033[K\r", end="", flush=True)  # the next line takes its place
             self.shown = time.perf_counter()
 
