@@ -303,7 +303,7 @@ def test_a_terminal_shows_one_line_that_is_rewritten(
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: terminal)
     flags = ("--iterations", 3, "--output-dir", tmp_path / "run")
     status, printed, _ = command("classmix", *args, *flags)
-    assert status == 0 and printed.count("\033[K\r") == terminal
+    assert status == 0 and ("\033[K\r" in printed) == terminal
     assert printed.count("steps/s") == 3 and ("\033[K\n" in printed) == terminal
 
 
