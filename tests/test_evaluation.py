@@ -126,8 +126,12 @@ def test_an_overlay_shows_picture_classes_and_borders():
     picture, label = Image.new("RGB", (6, 4), (100, 100, 100)), np.zeros((4, 6), np.uint8)
     label[:, 3:] = 1
     classes = pictures.colorize(label, [(200, 0, 0), (0, 200, 0)])
-    row = np.asarray(pictures.overlay(picture, classes))[2].tolist()
-    assert row == 3 * [[140, 60, 60]] + [[0, 0, 0]] + 2 * [[60, 140, 60]]
+    for turned in (False, True):  # the border stands, then lies
+        seen = picture.transpose(Image.Transpose.TRANSPOSE) if turned else picture
+        ids = classes.transpose(Image.Transpose.TRANSPOSE) if turned else classes
+        drawn = np.asarray(pictures.overlay(seen, ids))
+        row = (drawn[:, 2] if turned else drawn[2]).tolist()
+        assert row == 3 * [[140, 60, 60]] + [[0, 0, 0]] + 2 * [[60, 140, 60]]
 
 
 def test_a_sheet_shows_images_labels_masks_and_a_legend():
