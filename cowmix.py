@@ -452,8 +452,7 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
         loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, **options)
         return loss, {"mask": mask, **details}
 
-    def combine(a: Tensor, b: Tensor) -> Tensor:
-        """mix(a, b, M) = (1 - M) a + M b (3.3)."""
+    def combine(a: Tensor, b: Tensor) -> Tensor:  # mix(a, b, M) = (1 - M) a + M b (3.3)
         return mix(mask, b, a)
 
     valid = combine(valid_a, valid_b)

@@ -19,16 +19,17 @@ run() { # seed, folder, method and its flags
 export -f run
 export OMP_NUM_THREADS=1
 mkdir -p "${RESULTS:-results}/streets"
-{
-    for seed in 0 1 2; do
-        sed "s/^/$seed /" <<END
-supervised classmix --supervised
+methods="supervised classmix --supervised
 classmix classmix
 complexmix complexmix
 cowmix_supervised cowmix --supervised
 cowmix cowmix
 c3semiseg_supervised c3semiseg --supervised
-c3semiseg c3semiseg
+c3semiseg c3semiseg"
+{
+    for seed in 0 1 2; do
+        sed "s/^/$seed /" <<END
+$methods
 cowmix_cowout cowmix --perturbation cowout
 cowmix_cutmix cowmix --perturbation cutmix
 cowmix_cutout cowmix --perturbation cutout
@@ -50,15 +51,7 @@ c3semiseg_no-contrast c3semiseg --contrast none
 END
     done
     for labels in 8 100 800; do
-        sed "s/^\([^ ]*\)/0 \1_$labels/; s/$/ --labeled $labels/" <<END
-supervised classmix --supervised
-classmix classmix
-complexmix complexmix
-cowmix_supervised cowmix --supervised
-cowmix cowmix
-c3semiseg_supervised c3semiseg --supervised
-c3semiseg c3semiseg
-END
+        sed "s/^\([^ ]*\)/0 \1_$labels/; s/$/ --labeled $labels/" <<< "$methods"
     done
     sed "s/^/0 /" <<END
 complexmix_p4 complexmix --blocks 4
