@@ -379,7 +379,8 @@ def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="bot
     those of draw_pairs. contrast is contrast_loss with its options; sets are those it sees.
     """
     (image_l, label_l), (image_u, prob, label_u, g_u) = labeled, unlabeled
-    image_mix = cut_mix(box, torch.cat([image_l, image_u])[order])
+    image = torch.cat([image_l, image_u])[order]
+    image_mix = cut_mix(box, image)
     logits_mix, embedding_mix = student(image_mix)
     logits = un_mix(box, order, logits_mix)
     logits_l, logits_u = logits.chunk(2)
@@ -397,8 +398,9 @@ def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="bot
         else:
             g, label = torch.cat([f_l.detach(), g_u]), torch.cat([label_l, label_u])
             terms["loss_c"] = contrast(embedding, g, label, logits)
-    mixed_image = image_mix[order.argsort()[: len(image_l)]]
-    details = {"mixed_image": mixed_image, "prediction_l": logits_l.detach()}
+    place = order.argsort()[: len(image_l)]  # of the labeled images; half a batch from their pairs
+    details = {"other": image.roll(len(box), 0)[place], "box": box[place % len(box)]}
+    details |= {"mixed_image": image_mix[place], "prediction_l": logits_l.detach()}
     details |= {"strong_view": image_u, "pseudo_label": label_u, "prediction_u": logits_u.detach()}
     return terms, details
 
@@ -609,12 +611,10 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             generator = torch.Generator(args.device).manual_seed(seed(k, "boxes, pixels"))
             contrast = make_contrast(recipe, generator) if contrasting else None
             if semi:
-                order, box = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
-                labeled_set, options = (
-                    (image_l, label_l),
-                    {"contrast": contrast, "sets": recipe.contrast},
-                )
-                terms, details = c3_loss(student, labeled_set, targets[k], order, box, **options)
+                pairs = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
+                options = {"contrast": contrast, "sets": recipe.contrast}
+                labeled_k = (image_l, label_l)
+                terms, details = c3_loss(student, labeled_k, targets[k], *pairs, **options)
             else:
                 terms, details = warmup_loss(student, image_l, label_l, contrast=contrast)
             loss = sum(weights[name] * term for name, term in terms.items())  # equation 7

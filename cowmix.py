@@ -244,7 +244,7 @@ def consistency_loss(student: nn.Module, image: Tensor, prob: Tensor, fraction, 
     """
     logits = student(image)
     square = (prob - logits.float().softmax(1)).square() * valid.unsqueeze(1)
-    details = {"mixed_image": image, "pseudo_label": prob.argmax(1), "prediction": logits.detach()}
+    details = {"seen": image, "pseudo_label": prob.argmax(1), "prediction": logits.detach()}
     return square.mean() * fraction, {**details, "confident": fraction}
 
 

@@ -96,13 +96,14 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
         if least and any(n < k for n, k in zip(given["size"], least, strict=True)):
             given = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,), **given}  # no crop
     values |= {name: given[name] for name in values if name in given} | {"output_dir": folder}
+    usual = vars(preset(_recipe_name(values), values))
     recipe = replace(recipe, **{name: values.pop(name) for name in vars(recipe)})
     for field in fields(recipe):
         if field.type in RANGES and (pair := getattr(recipe, field.name))[0] > pair[1]:
             raise InputError(f"--{field.name.replace('_', '-')}: {pair[0]} is above {pair[1]}")
-    return recipe, _complete(
-        argparse.Namespace(**values, method=method, given=[*given]), recipe.iterations
-    )
+    changed = [name for name, value in vars(recipe).items() if value != usual[name]]
+    args = argparse.Namespace(**values, method=method, changed=changed)
+    return recipe, _complete(args, recipe.iterations)
 
 
 def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dict) -> dict:

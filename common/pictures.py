@@ -19,10 +19,12 @@ TITLES = {
     "unlabeled": "unlabeled image",
     "other": "image it is mixed with",
     "pseudo_label": "pseudo-label",
-    "strong_view": "unlabeled image, strong colours",
-    "prediction": "prediction for the mixed image",
-    "prediction_l": "prediction for the labeled image",
-    "prediction_u": "prediction for the unlabeled image",
+    "strong_view": "recolored unlabeled image",
+    "box": "box of the other image",
+    "seen": "image that the student sees",
+    "prediction": "student's prediction",
+    "prediction_l": "prediction, labeled image",
+    "prediction_u": "prediction, unlabeled image",
 }
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 

@@ -7,8 +7,8 @@ import shlex
 import shutil
 import signal
 import sys
-import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -65,8 +65,20 @@ def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
     if args.compile:  # a graph for each batch size; by default the second one would be slower
         network.compile(dynamic=False)
     if train and args.ranks > 1:  # batch-norm statistics are averaged when they are used
-        return DistributedDataParallel(network, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
+            return DistributedDataParallel(network, broadcast_buffers=False)
     return network
+
+
+def in_columns(recipe: dict, changed: list[str]) -> str:
+    """Formats a recipe in columns of at most 100 characters. Stars mark the changed numbers."""
+    texts = {k: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in recipe.items()}
+    cells = [f"{' *'[name in changed]} {name} {text}" for name, text in texts.items()]
+    width = max(map(len, cells)) + 1
+    rows = math.ceil(len(cells) / (100 // width))
+    lines = ["".join(cell.ljust(width) for cell in cells[row::rows]) for row in range(rows)]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class Session:
@@ -160,7 +172,7 @@ class Session:
         seconds = self.seconds + time.perf_counter() - self.clock
         evaluations = math.ceil((self.recipe.iterations - done + 1) / self.eval_every)
         rest = (self.recipe.iterations - done) * seconds / done + evaluations * self.scoring
-        return f"{rest / 60:.0f} min left"
+        return f"{rest / 60:.0f} min left" if rest > 90 else f"{rest:.0f} s left"
 
     def _on_signal(self, number: int, _) -> None:
         # A second Ctrl-C stops at once, except during a save. (torchrun sends each signal again.)
@@ -175,7 +187,7 @@ class Session:
     def _open_folder(self) -> None:
         args, log, config = self.args, self.folder / "log.jsonl", self.folder / "config.json"
         left_out = ("device", "workers", "compile", "checkpoint", "resume", "evaluate", "predict")
-        left_out += ("out", "keep_aspect", "given", "method", "output_dir", "rank", "ranks")
+        left_out += ("out", "keep_aspect", "changed", "method", "output_dir", "rank", "ranks")
         self.config = {
             "method": args.method,
             "recipe": asdict(self.recipe),
@@ -201,9 +213,8 @@ class Session:
         counts = f"{len(self.names)} labeled and {len(self.split[1])} unlabeled"
         scored = f"{len(self.images)} {self.part} images, {self.data.num_classes} classes"
         print(f"{args.method} on {args.dataset}{', supervised only' if args.supervised else ''}")
-        recipe = asdict(self.recipe).items()
-        fields = (f"{k} {v}{' (given)' if k in args.given else ''}" for k, v in recipe)
-        print(textwrap.fill("recipe: " + ", ".join(fields), 100, subsequent_indent="  "))
+        print("recipe (*: not as in the preset)" if args.changed else "recipe")
+        print(in_columns(vars(self.recipe), args.changed))
         print(f"data: {counts} of {len(self.data.train)} training images, {scored}")
         compiled = "compiled (the first step may take minutes)" if args.compile else "not compiled"
         print(f"device: {args.device}, {args.precision}, networks {compiled}")

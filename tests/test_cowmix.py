@@ -201,7 +201,7 @@ def shown(kind, image, **changes):
     teacher.register_forward_pre_hook(lambda network, given: seen.append(given[0]))
     given = (recipe, small_network(0), teacher, GREY, pair, pair)
     _, details = cowmix.unlabeled_loss(*given, seed=SEED)
-    return *seen, details["mixed_image"]
+    return *seen, details["seen"]
 
 
 @pytest.mark.parametrize("kind", ["cowmix", "cutmix", "cutout", "ict"])  # p = 1 hides all of cowout
@@ -267,7 +267,7 @@ def test_what_the_student_is_shown(camvid, kind):
     assert list(map(len, session.indices.values())) == [3, 8, 8][: 2 + two]  # all are unlabeled
     image_a, image_b = (torch.cat([x for x, _ in session.drawn[k]]) for k in (1, 1 + two))
     assert not two or not any(map(torch.equal, image_a, image_b))
-    image = torch.cat([pictures["mixed_image"] for pictures in session.pictures])
+    image = torch.cat([pictures["seen"] for pictures in session.pictures])
     if kind == "ict":  # each pair has its own share
         share = ((image - image_a) / (image_b - image_a)).flatten(1).nanmedian(1).values
         assert len({round(value, 3) for value in share.tolist()}) == 12

@@ -184,8 +184,8 @@ class Replay:
         self.see("lr_published", self.rates())
         if "mask" in pictures:
             self.see("mask", np.packbits(pictures["mask"], axis=-1))
-        if "mixed_image" in pictures:
-            image, label = pictures["mixed_image"], pictures["pseudo_label"]
+        if seen := {"mixed_image", "seen"} & pictures.keys():
+            image, label = pictures[seen.pop()], pictures["pseudo_label"]
             checksum = zlib.crc32(image.mul(255).round().byte().contiguous().numpy())
             self.see("image_mix_crc32", checksum)
             self.see("mixed_crc32", checksum)
