@@ -65,4 +65,4 @@ c3semiseg_no-mixing c3semiseg --contrast none --mixing none
 c3semiseg_intra c3semiseg --contrast none --mixing intra
 END
 } | xargs -P "${1:-2}" -L 1 bash -c 'run "$@"' run
-"${PYTHON:-python}" benchmarks/table.py streets
+"${PYTHON:-python}" benchmarks/table.py streets_rows

@@ -1,7 +1,8 @@
-"""Prints the README's tables of results, or what a folder of gpu.sh holds, as Markdown.
+"""Prints tables of results, or what a folder of gpu.sh holds, as Markdown.
 
-    python benchmarks/table.py camvid
-    python benchmarks/table.py streets
+    python benchmarks/table.py camvid          photographs
+    python benchmarks/table.py streets         rendered streets: the four methods
+    python benchmarks/table.py streets_rows    and the rows of the papers' tables
     python benchmarks/table.py results/gpu
 
 A run is scored by the network that its paper reports. Cells with (n) are means over n seeds with
@@ -27,7 +28,7 @@ CAMVID = (
 STREETS = (
     ("supervised", "supervised", None, ""),
     ("supervised, 800 labels", "supervised_800", None, ""),
-    ("**ClassMix**", "classmix", "supervised", "6.5"),
+    ("ClassMix", "classmix", "supervised", "6.5"),
     ("CowMix's mask", "classmix_cow", "supervised", "5.5"),
     ("CutMix's mask", "classmix_cut", "supervised", "4.3"),
     ("pixel-wise threshold", "classmix_pixel", "supervised", "3.8"),
@@ -38,13 +39,13 @@ STREETS = (
     ("random crop", "classmix_crop", "supervised", "7.3"),
     ("extra augmentations", "classmix_extra", "supervised", "7.0"),
     ("twice as long", "classmix_long", "supervised", "8.1"),
-    ("**ComplexMix**", "complexmix", "supervised", "7.4"),
+    ("ComplexMix", "complexmix", "supervised", "7.4"),
     ("p = 4", "complexmix_p4", "supervised", ""),
     ("p = 16", "complexmix_p16", "supervised", ""),
     ("p = 64", "complexmix_p64", "supervised", ""),
     ("half of a block's classes", "complexmix_present", "supervised", ""),
     ("supervised (`cowmix.py`)", "cowmix_supervised", None, ""),
-    ("**CowMix**", "cowmix", "cowmix_supervised", "6.4"),
+    ("CowMix", "cowmix", "cowmix_supervised", "6.4"),
     ("CowOut", "cowmix_cowout", "cowmix_supervised", "4.3"),
     ("CutMix", "cowmix_cutmix", "cowmix_supervised", "2.3"),
     ("CutOut", "cowmix_cutout", "cowmix_supervised", "4.4"),
@@ -52,7 +53,7 @@ STREETS = (
     ("standard augmentation", "cowmix_aug", "cowmix_aug_supervised", "-2.4"),
     ("its baseline", "cowmix_aug_supervised", None, ""),
     ("supervised (`c3semiseg.py`)", "c3semiseg_supervised", None, ""),
-    ("**C3-SemiSeg**", "c3semiseg", "c3semiseg_supervised", "8.0"),
+    ("C3-SemiSeg", "c3semiseg", "c3semiseg_supervised", "8.0"),
     ("without consistency", "c3semiseg_no-consistency", "c3semiseg_supervised", "4.5"),
     ("without contrast", "c3semiseg_no-contrast", "c3semiseg_supervised", "7.6"),
     ("contrast of labeled pixels", "c3semiseg_labeled", "c3semiseg_supervised", "6.2"),
@@ -61,7 +62,9 @@ STREETS = (
     ("without contrast and mixing", "c3semiseg_no-mixing", "c3semiseg_supervised", "5.0"),
     ("without contrast, intra-set", "c3semiseg_intra", "c3semiseg_supervised", "6.7"),
 )
-TABLES = {"camvid": CAMVID, "streets": STREETS}
+METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
+SHORT = [row for row in STREETS if row[1] in METHODS or row[0].startswith("supervised")]
+TABLES = {"camvid": CAMVID, "streets": SHORT, "streets_rows": STREETS}
 RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parents[1] / "results"))
 SPEED = ("method", "dataset", "network", "size", "images", "precision", "compile", "ms", "TFLOP")
 SPEED += ("TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
@@ -93,10 +96,11 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def print_results(name: str) -> None:
     """Prints one row for each name of a table; rows without a run are left out."""
+    data = name.removesuffix("_rows")
     print("| | student mIoU % | teacher mIoU % | gain | seed 0 | gain in its paper |")
     print("|---|---|---|---|---|---|")
     for title, folder, baseline, paper in TABLES[name]:
-        runs, others = read_runs(name, folder), read_runs(name, baseline)
+        runs, others = read_runs(data, folder), read_runs(data, baseline)
         network = runs[min(runs)]["headline"] if runs else "student"
         gains = [runs[seed][network] - others[seed][network] for seed in runs if seed in others]
         cells = [spread([run[net] for run in runs.values()]) for net in ("student", "teacher")]
@@ -132,7 +136,7 @@ def read_lines(path: Path) -> list[dict]:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", help="camvid, streets or a folder of gpu.sh")
+    parser.add_argument("what", help="camvid, streets, streets_rows or a folder of gpu.sh")
     what = parser.parse_args().what
     if what in TABLES:
         print_results(what)

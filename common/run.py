@@ -73,8 +73,10 @@ def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
 
 def in_columns(recipe: dict, changed: list[str]) -> str:
     """Formats a recipe in columns of at most 100 characters. Stars mark the changed numbers."""
-    texts = {k: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in recipe.items()}
-    cells = [f"{' *'[name in changed]} {name} {text}" for name, text in texts.items()]
+    cells = []
+    for name, value in recipe.items():
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        cells.append(f"{'*' if name in changed else ' '} {name} {text}")
     width = max(map(len, cells)) + 1
     rows = math.ceil(len(cells) / (100 // width))
     lines = ["".join(cell.ljust(width) for cell in cells[row::rows]) for row in range(rows)]

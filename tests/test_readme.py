@@ -1,19 +1,110 @@
-"""The examples for copying run as they are printed; tables in the README are those of the logs."""
+"""What the README, COPY.md and results/README.md say: commands, examples, flags, tables, links."""
 
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import finish, write_cityscapes
+from PIL import Image
+
+from common.flags import parse_args
 
 ROOT = Path(__file__).parents[1]
-README, COPY = ((ROOT / name).read_text() for name in ("README.md", "COPY.md"))
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "COPY.md", "results/README.md", "studies/README.md")
+]
+README, COPY, RESULTS, _ = (path.read_text() for path in DOCUMENTS)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 EXAMPLES = {
     re.search(r"(cowmix|classmix|complexmix|c3semiseg)", code)[0]: code
-    for code in re.findall(r"```python\n(.*?)```", README + COPY, re.S)
+    for code in re.findall(r"```python\n(.*?)```", COPY, re.S)
 }
+# The run folder of the README's example, and flags that make each of its commands small.
+(RUN,) = set(re.findall(r"(runs/\w+_\S+)/last.pt", README))
+SMALL = "--weights none --layers 1 1 1 1 --width 4 --aspp-rates 1 2 --workers 0 --iterations 2"
+SMALL += " --warmup 1 --batch-size 2 --size 40 64 --eval-every 2 --output-dir "
+ADDED = {
+    "python classmix.py": SMALL + "runs/RUN",
+    "python classmix.py --dataset cityscapes --labeled 0.125": SMALL + "runs/c",
+    "python classmix.py --dataset folder --data-dir my_images --preset small": SMALL + RUN,
+}
+
+
+def torchrun(words: list[str]):
+    """Runs a command of torchrun with two ranks in all, on one or on two nodes."""
+    nodes = 2 if "--nnodes" in words else 1
+    change = {
+        "4": str(2 // nodes),
+        "HOST:29500": "localhost:29517",
+        "classmix.py": ROOT / "classmix.py",
+    }
+    options = [change.get(word, word) for word in words[1 : words.index("classmix.py") + 1]]
+    flags = f"{SMALL}runs/{nodes} --batch-size 4".split()
+    program = [sys.executable, "-m", "torch.distributed.run", *options, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    results = [finish(node) for node in [subprocess.Popen(program, **pipes) for _ in range(nodes)]]
+    assert all(status == 0 and "arning" not in errors for status, _, errors in results), results
+    assert sum(out.count("headline: student") for _, out, _ in results) == 1
+
+
+def test_every_command_runs(command, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder.rename("my_images")
+    write_cityscapes(Path("data/cityscapes"), train=16)
+    Image.new("RGB", (80, 60)).save("photo.jpg")
+    Path("photos").mkdir()
+    Image.new("RGB", (80, 60)).save("photos/other.png")
+    lines = [line for language, block in BLOCKS if not language for line in block.splitlines()]
+    commands = [line.rpartition(" && ")[2] for line in lines]
+    prose = re.sub(r"```.*?```", "", README, flags=re.S).replace("\n", " ")
+    commands += re.findall(r"`((?:python|torchrun) [^`]+)`", prose)
+    ran = set()
+    for text in commands:
+        if "pytest" in text:  # .ci/run runs it
+            continue
+        ran.add(text)
+        words = shlex.split(f"{text} {ADDED.get(text, '')}")
+        if words[0] == "torchrun":
+            torchrun(words)
+        elif words[1] == "classmix.py":
+            status, _, errors = command("classmix", *words[2:])
+            assert status == 0, errors
+        else:
+            monkeypatch.setattr(sys, "argv", words[1:])
+            monkeypatch.syspath_prepend(ROOT / "studies")
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    assert ran >= ADDED.keys() and len(ran) == 8
+    assert {"photo.png", "photo_overlay.png", "other.png", "legend.png"} <= {
+        path.name for path in Path("predictions").iterdir()
+    }
+    (code,) = (block for language, block in BLOCKS if language == "python")
+    exec(code)
+    program = torch.export.load("student.pt2").module()
+    assert program(torch.rand(1, 3, 180, 240)).shape == (1, 8, 180, 240)
+
+
+def test_flags_of_the_tables_are_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table, count, words = re.search(r"\| table \| rows.*?\n\n", README, re.S)[0], 0, []
+    for row in table.strip().splitlines()[2:]:
+        name, *_, cell = (text.strip() for text in row.strip("|").split("|"))
+        if found := re.match("ClassMix|CowMix|C3-SemiSeg", name):
+            module = import_module(found[0].lower().replace("-", ""))
+        for text in re.findall("`(.*?)`", cell):
+            words = shlex.split(text) if text.startswith("--") else [*words[:-1], text]
+            argv, preset = ["--dataset", "cityscapes", *words], getattr(module, "preset", None)
+            recipe, _ = parse_args(module.__name__, "", module.RECIPES, preset, argv)
+            for name, value in zip(words, words[1:], strict=False):
+                number = vars(recipe).get(name.removeprefix("--").replace("-", "_"))
+                assert number is None or value.startswith("--") or value[:2] in str(number)
+            count += 1
+    assert count == 38
 
 
 @pytest.mark.parametrize("method", ["cowmix", "classmix", "complexmix", "c3semiseg"])
@@ -35,18 +126,22 @@ def test_example_trains_student_and_teacher(method, capsys):
     assert capsys.readouterr().out.count("loss_l") == 3
 
 
-@pytest.mark.parametrize("name", ["camvid", "streets"])
+@pytest.mark.parametrize("name", ["camvid", "streets", "streets_rows"])
 def test_tables_are_those_of_the_logs(name):
     program = [sys.executable, ROOT / "benchmarks/table.py", name]
     table = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    assert table.count("\n") > 3 and table in README
+    assert table.count("\n") > 3 and table in (RESULTS if name == "streets_rows" else README)
 
 
 def test_links_and_pictures_are_there():
-    for file in (ROOT / "README.md", ROOT / "COPY.md", ROOT / "studies/README.md"):
+    for file in DOCUMENTS:
         text = re.sub(r"```.*?```", "", file.read_text(), flags=re.S)
         links = re.findall(r"\]\(([^)#:]+)\)", text)
         assert all((file.parent / link).exists() for link in links)
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 200
 
 
 def test_logs_hold_no_path_of_a_machine():
