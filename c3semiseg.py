@@ -7,9 +7,12 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     supervised_loss, consistency_loss  equations 1 and 2
     pixel_contrast_loss                equation 3; with the teacher's embeddings, equation 5
     box_mask, mix, cut_mix, un_mix     equation 4 (section 3.2), both complements
-    sample_pixels, contrast_loss       section 3.3
+    ProjectionHead, sample_pixels      sections 3.3 and 4.1
+    contrast_loss                      section 3.3
     ConfidentRegions                   equation 6 (section 3.4)
+    label_images                       the teacher's part of equations 2 and 5
     c3_loss, loss_weights              terms of equation 7 and their weights (section 4.1)
+    teacher_decay, update_teacher      the moving average of section 3.1
     scale_crop_flip, color_view        A (sections 3.1, 4.1), the colours of A-hat (section 3.2)
 
     choice              paper               published code (1)  here            flag
@@ -17,22 +20,22 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     lambda_1 ramps from step 0              end of warm-up      end of warm-up
     lambda_1 = 0        without L_u (t. 3)  no unlabeled images mixes both sets --consistency-weight
     lambda_2            0.1                 0.15 in our units   0.15            --contrast-weight
-    lambda_2 ramps from -                   3/1000 of its ramp  0
+    start of its ramp   -                   t/T = 0.003         0
     learning rate of t  (1 - t/T)^0.9       that of t + 1       that of t
     mean (eq. 1, 2)     over each image     over a group        over a group
     labeled keys, eq. 5 the teacher's       the student's       the student's
     keys are detached   -                   yes, except when only labeled pixels are contrasted
     P_i contains i      -                   no                  no
-    wrong in D_U alone  teacher or student  student by nearest  by bilinear --contrast unlabeled
+    logits for hard     -                   resized: nearest    resized: bilinear
     road in eq. 5       yes                 no                  yes             --no-contrast-road
-    contrast, at most   -                   -                   256 (image, class) groups
+    contrast, at most   -                   -                   256 (image, class)
     backbone's rate     lr                  0.1 lr, thrice (2)  0.3 lr          --backbone-factor
     classifiers         four branches       sums two of them    four            --aspp-rates 6 12
     warm-up             10 epochs           2250 steps          2500 steps      --warmup
       contrast in it    no                  labeled pixels      labeled pixels  --no-warmup-contrast
     groups to mix       -                   4 + 4, of a GPU     4 + 4           --group-size
     height of boxes     -                   log-uniform         log-uniform
-    places of boxes     -                   ends half as likely uniform
+    places of boxes     -                   rounded (4)         uniform
     alpha               0.99                rises to 0.99       0.99            --ema-warm-start
     table 7, s = 1      no thresholds       stay at 0.9         no thresholds
     teacher's update    -                   first in a step     first in a step
@@ -45,7 +48,8 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     scored              -                   best student        last student
 
 (1) It cannot run as published. (2) Its optimizer lists these parameters three times. (3) Trained
-with --weights none; both networks then use the statistics of each batch.
+with --weights none; both networks then use the statistics of each batch. (4) The
+first and the last place are half as likely as the others.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -99,8 +103,8 @@ class Recipe:
     operations: int = 2  # RandAugment's operations drawn for an image (code)
     operation_probability: Share = 0.5  # probability that a drawn operation is done (code)
     magnitude: float = 10.0  # mean magnitude of the operations, 0 to 10 (code)
-    consistency_weight: float = 50.0  # lambda_1; the loss is also divided by K (code)
-    consistency_ramp: Count = 4_000  # steps in which lambda_1 ramps up, after the warm-up (code)
+    consistency_weight: float = 50.0  # lambda_1 (the code also divides the loss by K, as we do)
+    consistency_ramp: Count = 4_000  # steps in which lambda_1 ramps up, from the warm-up's end
     contrast_weight: float = 0.15  # lambda_2 in units of equation 5 (code); 0.1 in the paper
     contrast_ramp: Count = 250  # steps in which lambda_2 ramps up, from the start (code)
     contrast: Literal["both", "labeled", "unlabeled", "none"] = "both"  # sets in eq. 5 (table 4)
@@ -126,10 +130,11 @@ RAMPS = {"iterations": 1_600, "warmup": 240, "consistency_ramp": 256, "contrast_
 LONGER = {"iterations": 4_000, "warmup": 500, "consistency_ramp": 640, "contrast_ramp": 40}
 SCALED = {"size": (180, 240), "crop": (120, 160), "scales": (0.75, 1.0, 1.25, 1.5)}
 FOLDER = replace(BDD100K, size=None, crop=(320, 320))
-# The paper has cityscapes and bdd100k. camvid follows the former, voc and folder the latter.
+# The paper has cityscapes and bdd100k. camvid, voc and folder take the steps of cityscapes; voc and
+# folder scale their images as bdd100k.
 RECIPES = {
     "cityscapes": Recipe(),
-    # The code has 4 GPUs: groups of 2 + 2 images. Ten epochs have 500 steps each.
+    # The code trains on 4 GPUs, 2 + 2 images on each. Ten epochs have 500 steps each.
     "bdd100k": replace(BDD100K, batch_size=8, group_size=2, iterations=20_000, warmup=5_000),
     "camvid": replace(Recipe(), size=(360, 480), crop=None),
     "voc": FOLDER,
@@ -244,7 +249,7 @@ class ProjectionHead(nn.Sequential):
 def sample_pixels(
     label, prediction, per_class=20, *, num_classes, hard=True, score=None, generator=None
 ):
-    """Samples per_class pixels of each image and class, half of them hard (section 3.3).
+    """Samples per_class pixels of each image and class, half of them hard (3.3, 4.1).
 
     (B,h,w) int64 twice -> index into the flattened grid, label, both (B*K*per_class,). Hard pixels
     are those with a wrong prediction. If there are too few hard or other pixels for a half, the
@@ -260,15 +265,15 @@ def sample_pixels(
     score = F.pad(score, (0, missing))[:, None]  # (B,1,N)
     classes = torch.arange(num_classes, device=label.device)[:, None]  # (K,1)
     of_class = label[:, None] == classes  # (B,K,N)
-    wrong = (label != prediction)[:, None] if hard else torch.ones_like(label[:, None]).bool()
-    n_wrong = (of_class & wrong).sum(2, keepdim=True)  # (B,K,1)
-    n_right = (of_class & ~wrong).sum(2, keepdim=True)  # (B,K,1)
+    wrong = of_class & (label != prediction)[:, None] if hard else of_class  # (B,K,N)
+    right = of_class & ~wrong  # (B,K,N)
+    n_wrong, n_right = wrong.sum(2, keepdim=True), right.sum(2, keepdim=True)  # (B,K,1)
     n_hard = torch.minimum(n_wrong, (per_class - n_right).clamp(min=per_class // 2))  # (B,K,1)
-    best = score.masked_fill(~(of_class & wrong), -1).topk(per_class).indices  # (B,K,per_class)
-    first = (torch.arange(per_class, device=label.device) < n_hard).expand_as(best)
-    hard_pixels = torch.zeros_like(of_class).scatter(2, best, first)
-    rank = score + 2.0 * hard_pixels + 1.0 * ~wrong  # hard ones, right ones, other wrong ones
-    chosen = rank.masked_fill(~of_class, -1).topk(per_class).indices
+    drawn_wrong = score.masked_fill(~wrong, -1).topk(per_class).indices  # (B,K,per_class)
+    drawn_right = score.masked_fill(~right, -1).topk(per_class).indices  # (B,K,per_class)
+    slot = torch.arange(per_class, device=label.device)  # the first n_hard hold wrong pixels
+    drawn_right = drawn_right.gather(2, (slot - n_hard).clamp(min=0))
+    chosen = torch.where(slot < n_hard, drawn_wrong, drawn_right)
     enough = n_wrong + n_right > per_class  # (B,K,1)
     image = torch.arange(len(label), device=label.device).view(-1, 1, 1)
     index = torch.where(enough, image * pixels + chosen, 0)
@@ -277,7 +282,7 @@ def sample_pixels(
 
 def contrast_loss(
     embedding: Tensor,
-    contrast: Tensor,
+    keys: Tensor,
     label: Tensor,
     logits: Tensor,
     *,
@@ -289,7 +294,7 @@ def contrast_loss(
 ) -> Tensor:
     """Equation 5 at sampled pixels: (B,D,h,w) twice, (B,H,W) int64, (B,K,H,W) -> scalar.
 
-    Classes below first_class are left out. Of more than 256 (image, class) groups, 256 are drawn.
+    Classes below first_class are left out. Of more than 256 pools (image, class), 256 are drawn.
     """
     size, num_classes = embedding.shape[2:], logits.shape[1]
     label = resize_nearest(label, size)
@@ -298,14 +303,14 @@ def contrast_loss(
     index, label = sample_pixels(
         label, prediction, per_class, num_classes=num_classes, hard=hard, generator=generator
     )
-    groups = len(embedding) * num_classes
-    if groups > 256:  # the similarities of more groups would not fit in memory
-        index, label = index.view(groups, -1), label.view(groups, -1)
-        score = torch.rand(groups, generator=generator, device=label.device)
-        kept = (score + (label[:, 0] == 255)).argsort()[:256]  # empty groups come last
+    pools = len(embedding) * num_classes  # of an image and a class
+    if pools > 256:  # memory grows with the square of their number
+        index, label = index.view(pools, -1), label.view(pools, -1)
+        score = torch.rand(pools, generator=generator, device=label.device)
+        kept = (score + (label[:, 0] == 255)).argsort()[:256]  # empty pools come last
         index, label = index[kept].flatten(), label[kept].flatten()
     f = embedding.movedim(1, 3).flatten(0, 2)[index]
-    g = contrast.movedim(1, 3).flatten(0, 2)[index]
+    g = keys.movedim(1, 3).flatten(0, 2)[index]
     return pixel_contrast_loss(f, label, g, label, temperature, exclude_self=True)
 
 
@@ -319,7 +324,7 @@ class ConfidentRegions(nn.Module):
 
     @torch.no_grad()
     def update(self, confidence: Tensor, pseudo_label: Tensor) -> Tensor:
-        """Equation 6, then confident(): (B,H,W), (B,H,W) int64 -> (B,H,W) bool. 255 is left out."""
+        """Equation 6, without label 255, then confident(): (B,H,W) twice -> (B,H,W) bool."""
         num_classes = len(self.thresholds)
         label = pseudo_label.flatten().clamp(max=num_classes)
         falling, by_confidence = confidence.flatten().sort(descending=True)
@@ -371,14 +376,14 @@ def warmup_loss(student: nn.Module, image: Tensor, label: Tensor, *, contrast=No
     return terms, {"prediction_l": logits.detach()}
 
 
-def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="both"):
+def c3_loss(student, batch_l, batch_u, order, box, *, contrast=None, sets="both"):
     """Terms of equation 7 for n labeled and n unlabeled images, and details.
 
-    labeled: image (n,3,H,W), label (n,H,W) int64. unlabeled: strongly augmented image and, from the
+    batch_l: image (n,3,H,W), label (n,H,W) int64. batch_u: strongly augmented image and, from the
     teacher, prob (n,K,H,W), pseudo-label, 255 where not confident, and embedding. order and box are
     those of draw_pairs. contrast is contrast_loss with its options; sets are those it sees.
     """
-    (image_l, label_l), (image_u, prob, label_u, g_u) = labeled, unlabeled
+    (image_l, label_l), (image_u, prob, label_u, g_u) = batch_l, batch_u
     image = torch.cat([image_l, image_u])[order]
     image_mix = cut_mix(box, image)
     logits_mix, embedding_mix = student(image_mix)
@@ -387,7 +392,7 @@ def c3_loss(student, labeled, unlabeled, order, box, *, contrast=None, sets="bot
     terms = {"loss_l": supervised_loss(logits_l, label_l)}
     terms["loss_u"] = consistency_loss(logits_u, prob, label_u != 255)
     if contrast is not None:
-        # The published code un-mixes features. The head has 1x1 convolutions: it is the same.
+        # The published code un-mixes features. As the head has 1x1 convolutions, it is the same.
         small_box = resize_nearest(box, embedding_mix.shape[2:])
         embedding = un_mix(small_box, order, embedding_mix)
         f_l, f_u = embedding.chunk(2)
@@ -418,9 +423,9 @@ OPERATIONS = {
     "auto-contrast": lambda r: (stretch, (r,)),
     "equalize": lambda r: (equalize, (r,)),
     "invert": lambda _: (look_up, range(255, -1, -1)),
-    "posterize": lambda r: (look_up, [x & (-256 >> int(4 * r)) for x in range(256)]),  # 4 r bits
+    "posterize": lambda r: (look_up, [x - x % 2 ** (8 - int(4 * r)) for x in range(256)]),
     "solarize": lambda r: (look_up, [255 - x if x >= int(256 * r) else x for x in range(256)]),
-    "solarize-add": lambda r: (look_up, [x + int(110 * r) * (x < 128) for x in range(256)]),
+    "solarize-add": lambda r: (look_up, [x + int(110 * r) if x < 128 else x for x in range(256)]),
     "color": lambda r: JITTER["saturation"](1.8 * r + 0.1),
     "contrast": lambda r: JITTER["contrast"](1.8 * r + 0.1),
     "brightness": lambda r: JITTER["brightness"](1.8 * r + 0.1),
@@ -444,9 +449,9 @@ def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
     images = []
     for drawn in [jitter.make_params([]) for _ in range(count)]:
-        factors = [(change, drawn[f"{name}_factor"]) for name, change in JITTER.items()]
-        ordered = (factors[k] for k in drawn["fn_idx"])
-        images.append([change(factor) for change, factor in ordered if factor is not None])
+        names = [list(JITTER)[k] for k in drawn["fn_idx"]]  # in their random order
+        factors = {name: drawn[f"{name}_factor"] for name in names}
+        images.append([JITTER[name](f) for name, f in factors.items() if f is not None])
     if view == "strong":
         for changes in images:
             changes += [OPERATIONS[name](strength) for name, strength in draw_operations(recipe)]
@@ -454,7 +459,7 @@ def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
 
 
 def color_view(recipe: Recipe, view: str, seeds: list[int], image: Tensor) -> Tensor:
-    """A-hat of section 3.2, for each image on its own: float (B,3,H,W) in [0,1] -> same.
+    """Changes the colours of each image (A-hat of 3.2): float (B,3,H,W) in [0,1] -> same.
 
     "weak" keeps colours, "jitter" jitters them, "strong" adds RandAugment's operations. Colours
     have 8 bits, as with PIL. seeds has one seed for each group; groups are equal in size.
@@ -479,7 +484,7 @@ class Network(DeepLabV2):
         return self.classify(features, image.shape[2:]), embedding
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, **options):
-        """Also takes the state of a finished run, which has no projection head."""
+        """Also takes the state of a finished run without a projection head, and drops its own."""
         if strict and not any(name.startswith("projection.") for name in state_dict):
             self.projection = None
         return super().load_state_dict(state_dict, strict, **options)
@@ -534,23 +539,24 @@ def teacher_decay(recipe: Recipe, iteration: int) -> float:
 
 
 def label_groups(recipe: Recipe, teacher, regions, images: dict[int, Tensor], seed) -> dict:
-    """Returns, for each group, the tuple that c3_loss expects as `unlabeled`.
+    """Returns, for each group, the tuple that c3_loss takes as batch_u.
 
     images maps a group to its unlabeled images. seed(group, purpose) seeds the colours. The
     thresholds are updated once, with the images of all groups and ranks.
     """
-    batch, prob, confidence, label, embedding = torch.cat(list(images.values())), {}, {}, {}, {}
-    strong, weak = (
-        color_view(recipe, view, [seed(k, name) for k in images], batch).chunk(len(images))
-        for name, view in (("student", recipe.student_view), ("teacher", recipe.teacher_view))
-    )
-    for k, image in zip(images, weak, strict=True):
-        prob[k], confidence[k], label[k], embedding[k] = label_images(teacher, image)
-    all_confidence = ranks.gather(torch.cat(list(confidence.values())))
-    regions.update(all_confidence, ranks.gather(torch.cat(list(label.values()))))
-    for k in images:
-        label[k] = label[k].masked_fill(~regions.confident(confidence[k], label[k]), 255)
-    return {k: (s, prob[k], label[k], embedding[k]) for k, s in zip(images, strong, strict=True)}
+    batch, n = torch.cat(list(images.values())), len(images)
+    seeds = {name: [seed(k, name) for k in images] for name in ("student", "teacher")}
+    strong = color_view(recipe, recipe.student_view, seeds["student"], batch).chunk(n)
+    weak = color_view(recipe, recipe.teacher_view, seeds["teacher"], batch).chunk(n)
+    labeled_images = [label_images(teacher, image) for image in weak]
+    _, confidence, label, _ = zip(*labeled_images, strict=True)
+    regions.update(ranks.gather(torch.cat(confidence)), ranks.gather(torch.cat(label)))
+    targets = {}
+    for k, image, found in zip(images, strong, labeled_images, strict=True):
+        prob, confidence, label, embedding = found
+        label = label.masked_fill(~regions.confident(confidence, label), 255)
+        targets[k] = image, prob, label, embedding
+    return targets
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> int:
@@ -613,8 +619,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             if semi:
                 pairs = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
                 options = {"contrast": contrast, "sets": recipe.contrast}
-                labeled_k = (image_l, label_l)
-                terms, details = c3_loss(student, labeled_k, targets[k], *pairs, **options)
+                batch_l = (image_l, label_l)
+                terms, details = c3_loss(student, batch_l, targets[k], *pairs, **options)
             else:
                 terms, details = warmup_loss(student, image_l, label_l, contrast=contrast)
             loss = sum(weights[name] * term for name, term in terms.items())  # equation 7
