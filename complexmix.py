@@ -12,12 +12,12 @@ drawn anew in each block. p, which sets the complexity, is drawn in each iterati
     complexmix_loss     equation 3, unlabeled term of equation 1
 
     choice             paper                 here                             flag
-    half of which      all (section 3.1),    all; in a block of one class,    --classes present
-      classes          a block's (section 1) half of the present ones is none
+    half of which      all (section 3.1),    all (else nothing is pasted of   --classes present
+      classes          a block's (section 1) a block with one class)
     p                  "each iteration"      uniform, one for a batch         --blocks
     confidence         "sufficiently high"   lambda: share of such pixels     --weighting pixel
     warm-up            "initial training"    1000 of the 40000 steps          --warmup
-    teacher            starts as a copy      a copy until the warm-up's end
+    teacher            starts as a copy      a copy up to the step after the warm-up
     1/N (eq. 2, 3)     labeled examples      mean over images and pixels
 
 No code was published. What is not in the table is as in classmix.py.
@@ -67,7 +67,7 @@ class Recipe:
     classes: Literal["all", "present"] = "all"  # half of all (3.1), or of a block's
     weighting: Literal["fraction", "pixel"] = "fraction"  # weight of loss_u (ours)
     unlabeled_weight: float = 1.0  # factor of lambda (ours)
-    confidence_threshold: Share = 0.968  # a pixel of this confidence is confident (ClassMix)
+    confidence_threshold: Share = 0.968  # least confidence of a confident pixel (ClassMix)
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
     width: Count = 64  # channels of the first convolution
     aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of the classifiers
@@ -115,8 +115,6 @@ def complex_mask(
     scores are chosen; n counts "all" K classes, or those "present". scores (B,p*p,K) are uniform
     noise unless given. Ids outside 0..K-1 are never chosen.
     """
-    if classes not in ("all", "present"):
-        raise ValueError(f"classes must be 'all' or 'present', not {classes!r}")
     (batch, height, width), device = pseudo_label.shape, pseudo_label.device
     p = min(blocks, height, width)
     if scores is None:
@@ -167,14 +165,14 @@ def complexmix_loss(
     image: Tensor,
     *,
     make_mask: Callable[[Tensor], Tensor],
-    threshold: float = 0.968,
+    threshold: float,
     weighting: str = "fraction",
     scope: str = "batch",
     factor: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Second term of equation 1 for unlabeled images (B,3,H,W) -> scalar, and its details.
 
-    Each image is pasted onto the next one, which takes two images. prob is g(u). make_mask
+    Each image is pasted onto the next one, so B is at least 2. prob is g(u). make_mask
     turns pseudo-labels y into masks M (section 3.1).
     """
     with torch.no_grad():
@@ -281,7 +279,6 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        # The teacher stays a copy of the student until the first step after the warm-up.
         decay = min(1 - 1 / (max(0, iteration - recipe.warmup) + 1), recipe.ema_decay)
         update_teacher(teacher, student, decay=decay, buffers="copy")
         session.end_step(iteration, pictures)

@@ -8,7 +8,7 @@ those of a Friesian cow.
     box_mask                 the rectangle of section 3.3
     mix                      mix(a, b, M) of section 3.3 is mix(M, b, a) here
     cross_entropy            supervised loss (section 4.1)
-    consistency_loss         squared distance (3.3), weighted by confidence (D.3.4)
+    consistency_loss         squared distance (3.3), weighted by confident_fraction (D.3.4)
     mixing_loss              CowMix, CutMix: equation 2, listing 3; ICT: section 2.2
     cutout_loss              CowOut, CutOut: section 3.3, listing 2
     random_affine, aug_loss  standard augmentation (D.1), predictions aligned by A B^-1 (D.1.1)
@@ -20,7 +20,7 @@ those of a Friesian cow.
     student's colours   as the teacher's jittered             as teacher's  --color-jitter
     learning rate       one              two (2)              one           --lr --head-factor
     classifiers         four branches    sums two of them     four          --aspp-rates 6 12
-    mirror and scale    -                yes                  no            --flip --scale-range
+    mirror and scale    -                yes                  no (4)        --flip --scale-range
     Cityscapes          whole images     crops, 4 a batch     whole images  --crop 256 512
     epochs of CowOut    300 (D.3.3: 100) -                    300           --iterations 36700
     confidence of ICT   -                blend of maxima      of the blend
@@ -31,15 +31,16 @@ those of a Friesian cow.
     aug                 warps (D.1.1)    crops 16 pixels off  warps         --translation
     labeled under aug   warped (D.1.1)   unchanged            recolored and warped
     recolored values    -                -                    kept in [0,1]
-    padding of crops    -                counts               loss 0, not confident
+    padding of crops    -                counts               loss 0, not in the confident share
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
     weights of DeepLab  COCO             COCO or ImageNet     ImageNet      --weights FILE
 
 (1) Written for a later paper: no cow masks, another U-Net. (2) 3e-6 for the backbone, 3e-5 for the
 classifiers. The optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes
 close. (3) This matters only with --weights none: loaded batch norm is frozen. The teacher's
-statistics are averaged like its weights. We corrected the listings: names, the teacher's input in
-listing 3 (xb, not yb), and max(dim=1), of which only the values are meant.
+statistics are averaged like its weights. (4) streets: mirrored; --preset small: both. We corrected
+the listings: names, the teacher's input in listing 3 (xb, not yb), and max(dim=1), of which only
+the values are meant.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -68,6 +69,8 @@ from common.flags import Count, Positive, Share
 
 Perturbation = Literal["cowmix", "cowout", "cutmix", "cutout", "ict", "aug"]
 CAMVID = 367  # training images (4.2); one epoch at batch size 1
+EPOCHS = {"cowmix": 300, "cowout": 300, "cutout": 300, "ict": 300}  # on CamVid (table 1)
+EPOCHS |= {"aug": 50, "cutmix": 100}  # longer training failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +84,17 @@ class Recipe:
     scale_range: tuple[Positive, Positive] = (1.0, 1.0)  # random scale before the crop (code)
     flip: bool = False  # mirror images at random (code)
     batch_size: Count = 1  # labeled images in a step, and as many unlabeled ones or pairs (D.3.1)
-    iterations: Count = 300 * CAMVID  # training steps: 300 epochs; aug 50, cutmix 100 (table 1)
+    iterations: Count = EPOCHS["cowmix"] * CAMVID  # training steps
     lr: float = 1e-4  # learning rate of Adam (D.3.1); 1e-5 for deeplab (D.3.2)
     lr_power: float = 0.0  # lr is multiplied by (1 - iteration / iterations) ** lr_power (ours)
     head_factor: float = 1.0  # learning rate of decoder or classifiers, as a multiple of lr (code)
     ema_decay: Share = 0.99  # alpha, decay of the teacher (D.3.1)
     consistency_weight: float = 10.0  # factor of the unlabeled loss (4.1, figure 10)
-    confidence_threshold: Share = 0.97  # least confidence that counts (listings 2 and 3)
+    confidence_threshold: Share = 0.97  # a pixel above this confidence counts (listings 2, 3)
     sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (figure 12)
-    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of a cow mask's share of 0, or a box's area
+    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of p: share of 0 in cow masks, or of boxes
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
-    color_jitter: bool = False  # jitter the colours that the student sees, not aug's (code: yes)
+    color_jitter: bool = False  # jitter colours of the student's unlabeled images (code: yes)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)
     translation: float = 4.0  # largest shift in aug, pixels (D.1)
     scaling: tuple[Positive, Positive] = (0.8, 1.25)  # range of scales in aug (D.1)
@@ -130,7 +133,6 @@ OTHER_NETWORK = {
     "streets": replace(RECIPES["streets"], network="unet"),
     "small": replace(RECIPES["small"], network="unet"),
 }
-EPOCHS = {"aug": 50, "cutmix": 100}  # on CamVid; longer training failed (table 1)
 
 
 def preset(name: str, given: dict) -> Recipe:
@@ -142,7 +144,7 @@ def preset(name: str, given: dict) -> Recipe:
     if perturbation != "cowmix":
         recipe = replace(recipe, perturbation=perturbation, p_range=(0.0, 1.0))  # (4.2, 3.3)
         if name == "camvid":
-            recipe = replace(recipe, iterations=EPOCHS.get(perturbation, 300) * CAMVID)
+            recipe = replace(recipe, iterations=EPOCHS[perturbation] * CAMVID)
     return recipe
 
 
@@ -253,7 +255,7 @@ def confident_fraction(prob: Tensor, threshold: float, valid: Tensor) -> Tensor:
     return ((prob.amax(1) > threshold) & valid).sum() / valid.sum().clamp(min=1)
 
 
-def mixing_loss(student, teacher, image_a, image_b, combine, valid, *, threshold=0.97, shown=None):
+def mixing_loss(student, teacher, image_a, image_b, combine, valid, *, threshold, shown=None):
     """Equation 2 as in listing 3: (B,3,H,W) twice, (B,H,W) bool -> scalar, details.
 
     combine is the paper's mix(a, b, M); it mixes images and probabilities. Padding is not valid.
@@ -265,10 +267,11 @@ def mixing_loss(student, teacher, image_a, image_b, combine, valid, *, threshold
         image_mix = combine(*(shown or (image_a, image_b)))  # (line 7)
         prob_mix = combine(prob_a, prob_b)  # (line 8)
         fraction = confident_fraction(prob_mix, threshold, valid)  # (line 13)
-    return consistency_loss(student, image_mix, prob_mix, fraction, valid)  # (lines 10, 15)
+    loss, details = consistency_loss(student, image_mix, prob_mix, fraction, valid)  # (10, 15)
+    return loss, {"other": image_b, **details}
 
 
-def cutout_loss(student, teacher, image, mask, fill, valid, *, threshold=0.97, shown=None):
+def cutout_loss(student, teacher, image, mask, fill, valid, *, threshold, shown=None):
     """Section 3.3 as in listing 2: (B,3,H,W), (B,H,W) bool twice -> scalar, details.
 
     Where the mask is False the student sees fill (3,1,1), the mean colour, which normalises to 0.
@@ -330,7 +333,7 @@ def recolor(image: Tensor, *, brightness: float, contrast: float, generator=None
     return (image * contrast ** normal[0] + brightness * normal[1]).clamp(0, 1)
 
 
-def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, threshold=0.97):
+def aug_loss(student, teacher, image, *, matrix_a, matrix_b, color, fill, valid, threshold):
     """Section D.1.1: (B,3,H,W), (B,3,3) twice, (B,H,W) bool -> scalar, details.
 
     The student sees the image changed by A, the teacher by B. A B^-1 brings the teacher's
@@ -404,11 +407,17 @@ def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> Segmentati
 
 def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Tensor, Callable]:
     """Standard augmentation: a matrix for each image (B,3,3), and a function that recolors."""
-    shape = {"translation": recipe.translation, "scaling": recipe.scaling}
-    shape |= {"rotation": recipe.rotation, "flip": recipe.flip_probability}
-    matrix = random_affine(batch, **shape, generator=generator, device=generator.device)
-    strength = {"brightness": recipe.brightness, "contrast": recipe.contrast}
-    return matrix, partial(recolor, **strength, generator=generator)
+    matrix = random_affine(
+        batch,
+        flip=recipe.flip_probability,
+        translation=recipe.translation,
+        scaling=recipe.scaling,
+        rotation=recipe.rotation,
+        generator=generator,
+        device=generator.device,
+    )
+    colors = {"brightness": recipe.brightness, "contrast": recipe.contrast}
+    return matrix, partial(recolor, **colors, generator=generator)
 
 
 def jitter(seed: int, image: Tensor) -> Tensor:
@@ -424,31 +433,33 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     a and b are pairs of images (B,3,H,W) and padding masks (B,H,W), which are 255 in padding.
     """
     (image_a, padding_a), (image_b, padding_b) = a, b
-    valid_a, valid_b, kind = padding_a != 255, padding_b != 255, recipe.perturbation
+    valid_a, valid_b = padding_a != 255, padding_b != 255
+    kind, threshold = recipe.perturbation, recipe.confidence_threshold
     batch, _, *size = image_a.shape
     generator = torch.Generator(image_a.device).manual_seed(seed("perturbation"))
     shown = (image_a, image_b)
     if recipe.color_jitter:
         shown = jitter(seed("color"), torch.cat(shown)).chunk(2)
-    options = {"threshold": recipe.confidence_threshold, "shown": shown}
     if kind == "aug":
         matrix_a, color = draw_aug(recipe, batch, generator)
         matrix_b, _ = draw_aug(recipe, batch, generator)
-        given = (image_a, matrix_a, matrix_b, color, fill, valid_a)
-        return aug_loss(student, teacher, *given, options["threshold"])
+        views = {"matrix_a": matrix_a, "matrix_b": matrix_b, "color": color}
+        views |= {"fill": fill, "valid": valid_a}
+        return aug_loss(student, teacher, image_a, **views, threshold=threshold)
+    options = {"threshold": threshold, "shown": shown}
     if kind == "ict":
-        random = np.random.default_rng(seed("perturbation"))
-        blend = random.beta(recipe.ict_alpha, recipe.ict_alpha, batch)
-        blend = torch.tensor(blend).float().view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
+        beta = np.random.default_rng(seed("perturbation")).beta
+        blend = torch.tensor(beta(recipe.ict_alpha, recipe.ict_alpha, batch)).float()
+        blend = blend.view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
         combine, valid = partial(torch.lerp, weight=blend), valid_a & valid_b
         return mixing_loss(student, teacher, image_a, image_b, combine, valid, **options)
-    draw = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
+    where = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
     if kind in ("cowmix", "cowout"):
-        mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **draw)
+        mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **where)
     else:
-        mask = box_mask(batch, size, **draw)
+        mask = box_mask(batch, size, **where)
     if kind in ("cowout", "cutout"):
-        options["shown"] = shown[0]
+        options = {"threshold": threshold, "shown": shown[0]}
         loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, **options)
         return loss, {"mask": mask, **details}
 
@@ -516,8 +527,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             loss_u, details = unlabeled_loss(recipe, student, teacher, mean, a, b, seed=seed)
             (recipe.consistency_weight * loss_u / args.accumulate).backward()
             session.log({"loss_u": loss_u, "confident": details.pop("confident")})
-            pictures = {"labeled": image_l, "truth": label_l, "unlabeled": a[0]}
-            pictures |= ({} if b is a else {"other": b[0]}) | details
+            pictures = {"labeled": image_l, "truth": label_l, "unlabeled": a[0], **details}
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -2,7 +2,7 @@
 # Trains the runs of the README's table of photographs: CamVid (in data/camvid), 30 labels, one small
 # network, three seeds. CowMix, CutMix, ClassMix and ComplexMix have one supervised baseline.
 #     benchmarks/camvid.sh [PROCESSES]
-# So many runs (default 2) are trained at a time, with one thread each. Runs that have ended are left
+# PROCESSES runs (default 2) are trained at once, with one thread each. Runs that have ended are left
 # out. The test images are scored once, after the training. Environment: PYTHON (default python),
 # RESULTS (folder of the results, default results).
 set -euo pipefail

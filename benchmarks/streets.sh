@@ -4,7 +4,7 @@
 # numbers of labels, ComplexMix's choices and C3-SemiSeg's tables 4 and 6. A seed chooses the labeled
 # scenes, initial weights, batches and masks.
 #     benchmarks/streets.sh [PROCESSES]
-# So many runs (default 2) are trained at a time, with one thread each. Runs that have ended are left
+# PROCESSES runs (default 2) are trained at once, with one thread each. Runs that have ended are left
 # out. Environment: PYTHON (default python), RESULTS (folder of the results, default results).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -13,7 +13,8 @@ from torch import Tensor
 def blend(image: Tensor, row: Tensor) -> Tensor:
     """Mixes image and grey: row[:, 0] is the image's weight, row[:, 2:] are those of RGB in grey.
 
-    Where row[:, 1] is 1, grey is that of each pixel, else the mean. Three weights of 0: black.
+    If row[:, 1] is 1, each pixel has its own grey; if 0, all have the image's mean grey. Three
+    weights of 0 give black.
     """
     grey = (row[:, None, 2:, 0, 0] @ image.flatten(2)).view_as(image[:, :1]).floor_()
     target = torch.lerp(grey.mean((2, 3), keepdim=True), grey, row[:, 1:2])

@@ -154,7 +154,7 @@ def split(num_images: int, labeled, seed: int, *, unlabeled: str = "rest") -> tu
         share = Fraction(0)
     count = int(share * num_images + Fraction(1, 2))
     if num_images == 2975 and share == Fraction(1, 30):
-        count = 100  # all papers count this share of Cityscapes as 100
+        count = 100  # as C3-SemiSeg and the published split count this share of Cityscapes
     if not 1 <= count <= num_images:
         raise InputError(f"--labeled {text}: give a count up to {num_images}, or a share like 1/8")
     order = np.random.RandomState(seed).permutation(num_images).tolist()
@@ -225,7 +225,8 @@ class MicroBatches(Dataset):
     """[m] -> the m-th micro-batch of this rank: image uint8 (B,3,H,W), label uint8 (B,H,W).
 
     micro_batches are this rank's among the `count` of each batch. Batch t depends only on (seed,
-    stream, t). An epoch is a permutation of the indices, without its last incomplete batch.
+    stream, t). An epoch is a permutation of the indices, without its last incomplete batch. Fewer
+    images than a batch are repeated.
     """
 
     images: Images
@@ -289,7 +290,8 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
             raise
         # A process died or was silent for a minute. The last line is the error that it raised.
         lines = str(error).strip().splitlines()
-        raise InputError(f"loading images: {lines[0]} {lines[-1]} (fewer --workers?)") from error
+        reason = " ".join(dict.fromkeys((lines[0], lines[-1])))  # torch says it once or twice
+        raise InputError(f"loading images: {reason} (fewer --workers?)") from error
 
 
 def _start_worker(_: int) -> None:

@@ -1,7 +1,7 @@
 """DeepLab-v2 (Chen et al. 2017, arXiv:1606.00915) on a ResNet at output stride 8.
 
-The network is the DeepLab authors' Caffe model, as in all four papers. Its max-pool rounds up. The
-first 1x1 convolution of a stage has the stage's stride. The tensors have torchvision's names.
+The network is the DeepLab authors' Caffe model, as in the published programs. Its max-pool rounds
+up. The first 1x1 convolution of a stage has the stage's stride. Tensors have torchvision's names.
 """
 
 import re
@@ -214,7 +214,7 @@ def unsound(state: dict) -> str | None:
                 return f"{name} is sparse, or holds no floating-point numbers"
             least = {"running_var": 0, "std": 1e-30}.get(name.rpartition(".")[2], -1e38)
             if not (value.float().clamp(least, 1e38) == value).all():
-                return f"{name} is not finite" + " or too low" * (least >= 0)
+                return f"{name} is not finite or too low" if least >= 0 else f"{name} is not finite"
     return None
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 
 def make_teacher(student: nn.Module, *, train_mode: bool) -> nn.Module:
-    """Returns a copy that takes no gradient. In train mode it uses each batch's statistics."""
+    """Returns a copy that takes no gradient. In train mode, batch norm that is not
+    frozen uses the statistics of each batch."""
     return copy.deepcopy(student).requires_grad_(False).train(train_mode)
 
 

@@ -119,15 +119,15 @@ def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def predict(network: nn.Module, path: Path, seen, device, *, keep_aspect=False, crop=None):
-    """Returns a picture, which the network sees at a size, and its classes, (H,W) uint8."""
+def predict(network: nn.Module, path: Path, input_size, device, *, keep_aspect=False, crop=None):
+    """Reads a picture and resizes it to input_size; returns it and its classes, (H,W) uint8."""
     picture = read_image(path, ImageOps.exif_transpose)
     own = picture.height, picture.width
-    if keep_aspect and seen is not None:
-        scale = (math.prod(seen) / math.prod(own)) ** 0.5
-        seen = [max(8, round(scale * n)) for n in own]
-    seen = seen or own
-    image = TF.pil_to_tensor(TF.resize(picture, seen))[None].to(device).float().div_(255)
+    if keep_aspect and input_size is not None:
+        scale = (math.prod(input_size) / math.prod(own)) ** 0.5
+        input_size = [max(8, round(scale * n)) for n in own]
+    input_size = input_size or own
+    image = TF.pil_to_tensor(TF.resize(picture, input_size))[None].to(device).float().div_(255)
     return picture, segment(network.eval(), image, own, crop)[0].cpu().numpy()
 
 

@@ -62,7 +62,7 @@ class Settings:  # the flags that all methods share; the comments are their help
     tensorboard: bool = False  # also write TensorBoard's files (pip install tensorboard)
     resume: str | None = None  # last.pt to continue; auto: the one in the run's folder, if any
     evaluate: str | None = None  # print the IoU of the networks in this last.pt, and end
-    predict: tuple[str, ...] | None = None  # a last.pt, then pictures or folders: label them
+    predict: tuple[str, ...] | None = None  # label pictures: a last.pt, then pictures or folders
     full_resolution: bool = False  # with --evaluate: keep the labels at their own size
     evaluate_split: Literal["val", "test"] | None = None  # images to score (default: test if any)
     eval_crop: tuple[Count, Count] | None = None  # evaluate and predict in windows of this size
@@ -120,7 +120,7 @@ def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dic
             parser.parse_args([flag, *(str(word) for word in words if not isinstance(word, bool))])
     recipe = vars(preset(_recipe_name(stored), stored))
     if missing := [f"--{n.replace('_', '-')} {recipe[n]}" for n in recipe if n not in stored]:
-        warn(f"{path}: made by an older version, without {', '.join(missing)}, which are used now")
+        warn(f"{path}: an older version, which lacks flags; used for them: {', '.join(missing)}")
     values = {**values, **recipe, **stored, "checkpoint": checkpoint}
     if given.get("dataset", values["dataset"]) != values["dataset"]:
         values["data_dir"] = None
@@ -184,7 +184,7 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     for presets in ({"": Settings()}, recipes):
         if presets is recipes:
             group = parser.add_argument_group(
-                "recipe", "in parentheses: sections of the paper; code: from its program; ours"
+                "recipe", "(4.1): section of the paper; code: of the published program; ours"
             )
         recipe_class = type(next(iter(presets.values())))
         comments = dict(re.findall(r"(\w+):.*  # (.*)", inspect.getsource(recipe_class)))

@@ -236,7 +236,7 @@ def check_palettes(files: list, palettes: list, table: np.ndarray) -> None:
     given = [(files[k][1], palette[:used]) for k, palette in enumerate(palettes) if palette]
     for path, palette in given:
         if any(a != b for a, b in zip(palette, given[0][1], strict=False)):
-            raise InputError(f"{path}: its palette is not that of {given[0][0]}; are ids the same?")
+            raise InputError(f"{path}: its palette differs from that of {given[0][0]}: same ids?")
 
 
 def read_image(path: Path, turn: Callable = lambda image: image) -> Image.Image:

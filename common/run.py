@@ -58,7 +58,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
 
 
 def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
-    """Sets precision, memory layout and compilation. train: the ranks average the gradients."""
+    """Sets precision, memory layout and compilation. To train, ranks average their gradients."""
     torch.backends.cudnn.benchmark = True
     network.to(memory_format=torch.channels_last)
     network.forward = evaluation.autocast(args)(network.forward)
@@ -153,7 +153,7 @@ class Session:
         if saving:
             ranks.average_statistics(self.networks.values())
         if evaluating and number > 1 and self.first:
-            self._save(done)  # who sent the signal may not wait for the evaluation
+            self._save(done)  # the sender may kill the run during the evaluation
         if evaluating and self.first:
             self._evaluate(done, columns)
         if saving and self.first:

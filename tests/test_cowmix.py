@@ -21,9 +21,6 @@ KINDS = ("cowmix", "cowout", "cutmix", "cutout", "ict", "aug")
 GREY = torch.full((3, 1, 1), 0.5)
 
 
-# ---- Masks ----
-
-
 # ---- Losses ----
 
 
@@ -242,6 +239,8 @@ def test_padding_does_not_count(kind):
         pairs = zip(images, label * padded.long(), strict=True)
         loss, details = cowmix.unlabeled_loss(changed, *networks, GREY, *pairs, seed=SEED)
         assert not any(value.requires_grad for value in details.values())
+        loss.backward()
+        assert all(parameter.grad is None for parameter in networks[1].parameters())
         return loss.item(), details["confident"].item()
 
     dark, bright, counted = values(0.1), values(0.9), values(0.9, label=0)

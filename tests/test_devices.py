@@ -101,7 +101,7 @@ def test_the_teacher_s_update():
 def test_classmix(mask, kind, weighting):
     (student, teacher), (image, label) = networks(classmix), images()
     make_mask = partial(classmix.make_mask, classmix.Recipe(mask=mask), CLASSES, None)
-    options = {"make_mask": make_mask, "kind": kind, "weighting": weighting}
+    options = {"make_mask": make_mask, "threshold": 0.9, "kind": kind, "weighting": weighting}
     with OnCuda():
         loss, details = classmix.classmix_loss(student, teacher, image, **options)
         on_device(loss, *details.values(), classmix.cross_entropy(student(image), label))
@@ -111,9 +111,9 @@ def test_classmix(mask, kind, weighting):
 def test_complexmix(blocks, classes):
     (student, teacher), (image, _) = networks(complexmix), images()
     options = {"num_classes": CLASSES, "blocks": blocks, "classes": classes}
-    make_mask = partial(complexmix.complex_mask, **options)
+    options = {"make_mask": partial(complexmix.complex_mask, **options), "threshold": 0.9}
     with OnCuda():
-        loss, details = complexmix.complexmix_loss(student, teacher, image, make_mask=make_mask)
+        loss, details = complexmix.complexmix_loss(student, teacher, image, **options)
         on_device(loss, *details.values())
 
 
@@ -126,14 +126,19 @@ def test_cowmix(network):
         shape = {"flip": 0.5, "translation": 4.0, "scaling": (0.8, 1.25), "rotation": 15.0}
         a, b = (cowmix.random_affine(2, **shape, device="cuda") for _ in range(2))
         color = partial(cowmix.recolor, brightness=0.1, contrast=1.1)
-        results = [cowmix.aug_loss(student, teacher, image, a, b, color, fill, valid)]
+        networks_and_image, threshold = (student, teacher, image), {"threshold": 0.9}
+        views = {"matrix_a": a, "matrix_b": b, "color": color, "fill": fill, "valid": valid}
+        results = [cowmix.aug_loss(*networks_and_image, **views, **threshold)]
         for mask in (
             cowmix.cow_mask(2, SIZE, sigma_range=(2.0, 4.0), device="cuda"),
             cowmix.box_mask(2, SIZE, p_range=(0, 1), device="cuda"),
         ):
             combine = partial(cowmix.mix, mask)
-            results.append(cowmix.mixing_loss(student, teacher, image, image, combine, valid))
-            results.append(cowmix.cutout_loss(student, teacher, image, mask, fill, valid))
+            for loss, *how in (
+                (cowmix.mixing_loss, image, combine, valid),
+                (cowmix.cutout_loss, mask, fill, valid),
+            ):
+                results.append(loss(*networks_and_image, *how, **threshold))
         for loss, details in results:
             on_device(loss, *details.values())
         warped = cowmix.warp_label(label, cowmix.warp_grid(a, SIZE))

@@ -79,8 +79,6 @@ def test_class_mask_is_complex_mask_of_one_block(num_classes):
     assert torch.equal(given(scores=scores, generator=rng), expected)
     assert torch.equal(rng.get_state(), generator(2).get_state())  # nothing is drawn
     assert torch.equal(given(generator=generator(1)), expected)  # these scores are drawn
-    with pytest.raises(ValueError, match="half"):
-        complex_mask(label, num_classes, 1, classes="half")
 
 
 # ---- Cow spots ----

@@ -310,9 +310,10 @@ def test_alignment_of_two_views():
     arrays, grids = part(read("cutmix.npz"), "alignment/"), []
     with float64() as patch:
         spy(patch, cowmix, "warp_grid", lambda _, grid: grids.append(grid))
-        views = (torch.from_numpy(arrays[name]) for name in ("matrix_a", "matrix_b"))
+        views = {name: torch.from_numpy(arrays[name]) for name in ("matrix_a", "matrix_b")}
         same, image = torch.nn.Identity(), torch.zeros(8, 3, 48, 64)
-        cowmix.aug_loss(same, same, image, *views, same, image[0], image[:, 0] == 0)
+        views |= {"color": same, "fill": image[0], "valid": image[:, 0] == 0, "threshold": 0.9}
+        cowmix.aug_loss(same, same, image, **views)
         offset = grids[-1][:, ::8, ::8] * torch.tensor([32, 24])  # of the teacher's predictions
     assert difference(offset, arrays["offset"]) < 1e-9
 
