@@ -12,16 +12,18 @@ run() { # seed, folder, method and its flags
     local out=${RESULTS:-results}/camvid/$2_s$1 python=${PYTHON:-python} seed=$1 file=$3
     if [ -e "$out/test.txt" ]; then return; fi
     shift 3
-    $python "$file.py" "$@" --dataset camvid --preset small --labeled 30 --precision bf16 --seed "$seed" \
-        --workers 0 --evaluate-split val --output-dir "$out" --resume auto > "$out.log"
+    $python "$file.py" --dataset camvid --preset small --labeled 30 --precision bf16 --seed "$seed" \
+        --workers 0 --evaluate-split val --output-dir "$out" --resume auto "$@" > "$out.log"
     $python "$file.py" --evaluate "$out/last.pt" --evaluate-split test --full-resolution > "$out.log"
     mv "$out.log" "$out/test.txt"
 }
 export -f run
 export OMP_NUM_THREADS=1
 mkdir -p "${RESULTS:-results}/camvid"
-for seed in 0 1 2; do
-    sed "s/^/$seed /" <<END
+{
+    echo "0 supervised_all classmix --supervised --labeled 1.0"
+    for seed in 0 1 2; do
+        sed "s/^/$seed /" <<END
 supervised classmix --supervised
 classmix classmix
 cowmix cowmix
@@ -30,5 +32,6 @@ complexmix complexmix
 c3semiseg_supervised c3semiseg --supervised
 c3semiseg c3semiseg
 END
-done | xargs -P "${1:-2}" -L 1 bash -c 'run "$@"' run
+    done
+} | xargs -P "${1:-2}" -L 1 bash -c 'run "$@"' run
 "${PYTHON:-python}" benchmarks/table.py camvid

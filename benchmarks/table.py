@@ -18,6 +18,7 @@ from pathlib import Path
 # Name of the row, its folder, the folder of its baseline, the gain that its paper reports.
 CAMVID = (
     ("supervised", "supervised", None, ""),
+    ("supervised, 367 labels", "supervised_all", None, ""),
     ("CowMix", "cowmix", "supervised", "6.4"),
     ("CutMix", "cutmix", "supervised", "2.3"),
     ("ClassMix", "classmix", "supervised", "6.5"),
