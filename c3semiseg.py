@@ -1,6 +1,6 @@
 """C3-SemiSeg (Zhou, Xu, Zhang, Gao, Heng; ICCV 2021, the open-access version).
 
-A mean teacher labels unlabeled images. The student sees them with other colours and cut into
+A mean teacher labels unlabeled images. The student sees them with other colours and mixed with
 labeled images, and it matches the teacher where the teacher is confident for the class. Embeddings
 of pixels of both sets are drawn together within a class and pushed apart between classes.
 
@@ -89,7 +89,7 @@ class Recipe:
     batch_size: Count = 16  # labeled images in a step, and as many unlabeled ones
     group_size: Count = 4  # labeled images that are mixed with as many unlabeled ones (code)
     iterations: Count = 25_000  # training steps
-    warmup: int = 2_500  # first steps, on labeled images only: 10 epochs of 250 steps (code)
+    warmup: int = 2_500  # first steps, on labeled images only: 10 epochs (4.1) of 250 steps
     lr: float = 1.2e-4  # learning rate of classifiers and projection head (Adam)
     backbone_factor: float = 0.3  # the backbone's learning rate, as a multiple of lr (code)
     lr_power: float = 0.9  # lr is multiplied by (1 - iteration / iterations) ** lr_power
@@ -294,7 +294,7 @@ def contrast_loss(
 ) -> Tensor:
     """Equation 5 at sampled pixels: (B,D,h,w) twice, (B,H,W) int64, (B,K,H,W) -> scalar.
 
-    Classes below first_class are left out. Of more than 256 pools (image, class), 256 are drawn.
+    Classes below first_class are left out. It draws at most 256 pools (image, class).
     """
     size, num_classes = embedding.shape[2:], logits.shape[1]
     label = resize_nearest(label, size)
@@ -380,8 +380,8 @@ def c3_loss(student, batch_l, batch_u, order, box, *, contrast=None, sets="both"
     """Terms of equation 7 for n labeled and n unlabeled images, and details.
 
     batch_l: image (n,3,H,W), label (n,H,W) int64. batch_u: strongly augmented image and, from the
-    teacher, prob (n,K,H,W), pseudo-label, 255 where not confident, and embedding. order and box are
-    those of draw_pairs. contrast is contrast_loss with its options; sets are those it sees.
+    teacher, prob (n,K,H,W), pseudo-label, 255 where not confident, and embedding. draw_pairs
+    gives order and box. contrast is contrast_loss with its options; sets selects its images.
     """
     (image_l, label_l), (image_u, prob, label_u, g_u) = batch_l, batch_u
     image = torch.cat([image_l, image_u])[order]
@@ -403,9 +403,9 @@ def c3_loss(student, batch_l, batch_u, order, box, *, contrast=None, sets="both"
         else:
             g, label = torch.cat([f_l.detach(), g_u]), torch.cat([label_l, label_u])
             terms["loss_c"] = contrast(embedding, g, label, logits)
-    place = order.argsort()[: len(image_l)]  # of the labeled images; half a batch from their pairs
-    details = {"other": image.roll(len(box), 0)[place], "box": box[place % len(box)]}
-    details |= {"mixed_image": image_mix[place], "prediction_l": logits_l.detach()}
+    n, slot = len(box), order.argsort()[: len(box)]  # slots of the labeled images in the batch
+    details = {"other": image.roll(n, 0)[slot], "mask_b": box.repeat(2, 1, 1)[slot]}
+    details |= {"mixed_image": image_mix[slot], "prediction_l": logits_l.detach()}
     details |= {"strong_view": image_u, "pseudo_label": label_u, "prediction_u": logits_u.detach()}
     return terms, details
 
@@ -448,7 +448,8 @@ def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
     """Draws the changes of each image of a view: the jitter in random order, then RandAugment."""
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
     images = []
-    for drawn in [jitter.make_params([]) for _ in range(count)]:
+    draws = [jitter.make_params([]) for _ in range(count)]
+    for drawn in draws:
         names = [list(JITTER)[k] for k in drawn["fn_idx"]]  # in their random order
         factors = {name: drawn[f"{name}_factor"] for name in names}
         images.append([JITTER[name](f) for name, f in factors.items() if f is not None])
@@ -467,7 +468,9 @@ def color_view(recipe: Recipe, view: str, seeds: list[int], image: Tensor) -> Te
     if view == "weak":
         return image
     draws = [seeded(draw_changes, s, recipe, view, len(image) // len(seeds)) for s in seeds]
-    return recolor(image.mul(255).round_(), [own for drawn in draws for own in drawn]).div_(255)
+    return recolor(image.mul(255).round_(), [changes for group in draws for changes in group]).div_(
+        255
+    )
 
 
 class Network(DeepLabV2):
@@ -548,12 +551,11 @@ def label_groups(recipe: Recipe, teacher, regions, images: dict[int, Tensor], se
     seeds = {name: [seed(k, name) for k in images] for name in ("student", "teacher")}
     strong = color_view(recipe, recipe.student_view, seeds["student"], batch).chunk(n)
     weak = color_view(recipe, recipe.teacher_view, seeds["teacher"], batch).chunk(n)
-    labeled_images = [label_images(teacher, image) for image in weak]
-    _, confidence, label, _ = zip(*labeled_images, strict=True)
-    regions.update(ranks.gather(torch.cat(confidence)), ranks.gather(torch.cat(label)))
+    found = [label_images(teacher, image) for image in weak]
+    confidence, label = (torch.cat([group[i] for group in found]) for i in (1, 2))
+    regions.update(ranks.gather(confidence), ranks.gather(label))
     targets = {}
-    for k, image, found in zip(images, strong, labeled_images, strict=True):
-        prob, confidence, label, embedding = found
+    for k, image, (prob, confidence, label, embedding) in zip(images, strong, found, strict=True):
         label = label.masked_fill(~regions.confident(confidence, label), 255)
         targets[k] = image, prob, label, embedding
     return targets

@@ -31,6 +31,8 @@ those of a Friesian cow.
     aug                 warps (D.1.1)    crops 16 pixels off  warps         --translation
     labeled under aug   warped (D.1.1)   unchanged            recolored and warped
     recolored values    -                -                    kept in [0,1]
+    scales of aug       a range (D.1)    -                    log-uniform
+    N(0, 0.1) of aug    -                -                    standard deviations
     padding of crops    -                counts               loss 0, not in the confident share
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
     weights of DeepLab  COCO             COCO or ImageNet     ImageNet      --weights FILE
@@ -39,8 +41,7 @@ those of a Friesian cow.
 classifiers. The optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes
 close. (3) This matters only with --weights none: loaded batch norm is frozen. The teacher's
 statistics are averaged like its weights. (4) streets: mirrored; --preset small: both. We corrected
-the listings: names, the teacher's input in listing 3 (xb, not yb), and max(dim=1), of which only
-the values are meant.
+the listings: variable names, xb in place of yb in listing 3, and max(dim=1).values.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -124,11 +125,12 @@ RECIPES = {
     "streets": replace(STREETS, iterations=1_600),
     "small": replace(STREETS, iterations=4_000, **SCALED),  # --preset small
 }
+PAIRS = {"batch_size": 2, "iterations": 40_000, **DEEPLAB}  # (D.3.2; steps: code, for VOC)
 OTHER_NETWORK = {
     "camvid": replace(Recipe(), **DEEPLAB),
-    "cityscapes": replace(CITYSCAPES, batch_size=2, iterations=40_000, **DEEPLAB),
+    "cityscapes": replace(CITYSCAPES, **PAIRS),
     "voc": VOC,
-    "bdd100k": replace(CITYSCAPES, size=(360, 640), batch_size=2, iterations=40_000, **DEEPLAB),
+    "bdd100k": replace(RECIPES["bdd100k"], **PAIRS),
     "folder": replace(VOC, **DEEPLAB),
     "streets": replace(RECIPES["streets"], network="unet"),
     "small": replace(RECIPES["small"], network="unet"),
@@ -241,8 +243,8 @@ def consistency_loss(student: nn.Module, image: Tensor, prob: Tensor, fraction, 
     """Squared distance of the student's probabilities to prob, weighted -> scalar, details.
 
     image (B,3,H,W), prob (B,K,H,W). The mean is over batch, classes and pixels, as in the listings;
-    where valid (B,H,W) is False the square is 0. fraction, the share of pixels of which the teacher
-    is confident, takes the place of a ramp-up (D.3.4).
+    where valid (B,H,W) is False the square is 0. fraction, the teacher's confident share,
+    replaces a ramp-up (D.3.4).
     """
     logits = student(image)
     square = (prob - logits.float().softmax(1)).square() * valid.unsqueeze(1)
@@ -333,11 +335,11 @@ def recolor(image: Tensor, *, brightness: float, contrast: float, generator=None
     return (image * contrast ** normal[0] + brightness * normal[1]).clamp(0, 1)
 
 
-def aug_loss(student, teacher, image, *, matrix_a, matrix_b, color, fill, valid, threshold):
+def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, *, threshold):
     """Section D.1.1: (B,3,H,W), (B,3,3) twice, (B,H,W) bool -> scalar, details.
 
     The student sees the image changed by A, the teacher by B. A B^-1 brings the teacher's
-    predictions into the student's frame. Pixels that only one of them sees do not count.
+    predictions into the student's frame. Only pixels that both see count.
     """
     size = image.shape[-2:]
     with torch.no_grad():
@@ -430,7 +432,7 @@ def jitter(seed: int, image: Tensor) -> Tensor:
 def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *, seed: Callable):
     """Loss and details of the recipe's perturbation. seed(purpose) seeds what it draws.
 
-    a and b are pairs of images (B,3,H,W) and padding masks (B,H,W), which are 255 in padding.
+    a and b are pairs: image (B,3,H,W), padding mask (B,H,W), 255 where padded.
     """
     (image_a, padding_a), (image_b, padding_b) = a, b
     valid_a, valid_b = padding_a != 255, padding_b != 255
@@ -443,9 +445,8 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     if kind == "aug":
         matrix_a, color = draw_aug(recipe, batch, generator)
         matrix_b, _ = draw_aug(recipe, batch, generator)
-        views = {"matrix_a": matrix_a, "matrix_b": matrix_b, "color": color}
-        views |= {"fill": fill, "valid": valid_a}
-        return aug_loss(student, teacher, image_a, **views, threshold=threshold)
+        views = (image_a, matrix_a, matrix_b, color)
+        return aug_loss(student, teacher, *views, fill, valid_a, threshold=threshold)
     options = {"threshold": threshold, "shown": shown}
     if kind == "ict":
         beta = np.random.default_rng(seed("perturbation")).beta
@@ -459,8 +460,8 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     else:
         mask = box_mask(batch, size, **where)
     if kind in ("cowout", "cutout"):
-        options = {"threshold": threshold, "shown": shown[0]}
-        loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, **options)
+        cut = {"threshold": threshold, "shown": shown[0]}
+        loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, **cut)
         return loss, {"mask": mask, **details}
 
     def combine(a: Tensor, b: Tensor) -> Tensor:  # mix(a, b, M) = (1 - M) a + M b (3.3)
@@ -468,7 +469,7 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
 
     valid = combine(valid_a, valid_b)
     loss, details = mixing_loss(student, teacher, image_a, image_b, combine, valid, **options)
-    return loss, {"mask": mask, **details}
+    return loss, {"mask_b": mask, **details}
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:

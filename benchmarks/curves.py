@@ -3,9 +3,9 @@
     python benchmarks/curves.py results/camvid/*_s? --out results/camvid/curves.png
     python benchmarks/curves.py results/streets/*_s0 --labels --out results/streets/labels.png
 
-Runs whose folders have the same name but for the seed (_s0, _s1, ...) are one line: their mean, and
-a band of one standard deviation to both sides. With --labels, so are runs whose names differ in the
-number of labels (_8). The score is that of the network that the run reports.
+Runs whose folders differ only in the seed (_s0, _s1, ...) make one line: the mean, with a band of
+one standard deviation. --labels also joins runs that differ in their number of labels (_8). The
+score is that of the network that the run reports.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python benchmarks/pin.py compare A.jsonl B.jsonl
 
 record runs the trainings below with the code of a checkout, whole and resumed in the middle, and
-writes losses, scores and hashes of the weights. METHOD may be a quoted string with flags: then
-only trainings that begin with it. compare prints a line for each: equal in every bit, or what
+writes losses, scores and hashes of the weights. A quoted METHOD with flags selects the
+trainings that begin with it. compare prints a line for each: equal in every bit, or what
 differs first.
 """
 

@@ -1,4 +1,4 @@
-"""Files that are written whole, and decoded images on disk: large ones are decoded only once."""
+"""Atomic writes, and a disk cache of decoded large images."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ def write(path: Path, save: Callable, suffix: str = ".partial") -> None:
 
 
 def folder(above: Path, sources: list[Path], settings) -> Path:
-    """Names a folder by settings and state of the source files. Removes the folders beside it."""
+    """Returns the cache folder of these settings and files, and removes outdated ones."""
     stats = [(path, path.stat()) for path in sources]
     files = [(os.path.relpath(p, above), s.st_size, s.st_mtime_ns) for p, s in stats]
     version = 3  # raise this when decoding or resizing gives other pixels

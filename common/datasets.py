@@ -123,6 +123,8 @@ def open_dataset(name: str, data_dir, *, size=None, full_labels: bool = False) -
     Images get this size (height, width). full_labels keeps the labels of val and test as they are.
     """
     if name == "streets":
+        if data_dir is not None:
+            raise InputError("--data-dir: streets are rendered, not read; add --dataset folder?")
         train, val = (streets.Scenes(part, size or (64, 128)) for part in ("train", "val"))
         return Data(train, val, streets.CLASS_NAMES, streets.PALETTE)
     root = Path(data_dir or f"data/{name}")
@@ -132,7 +134,7 @@ def open_dataset(name: str, data_dir, *, size=None, full_labels: bool = False) -
     parts = {}
     for part, pairs in files.items():
         if not pairs:
-            raise InputError(f"--data-dir {root}: no {part} image has a label")
+            raise InputError(f"--data-dir {root}: no {part} image has a label; move some there?")
         cache_dir = root / ".cache-{}x{}".format(*(size or (0, 0))) / part
         parts[part] = Images(pairs, table, size, full_labels and part != "train", cache_dir)
     counts = {part: len(images) for part, images in parts.items()}
@@ -224,7 +226,7 @@ def _find(train: Images, lines: list[str], flag: str) -> list[int]:
 class MicroBatches(Dataset):
     """[m] -> the m-th micro-batch of this rank: image uint8 (B,3,H,W), label uint8 (B,H,W).
 
-    micro_batches are this rank's among the `count` of each batch. Batch t depends only on (seed,
+    A batch has `count` micro-batches; micro_batches are this rank's. Batch t depends only on (seed,
     stream, t). An epoch is a permutation of the indices, without its last incomplete batch. Fewer
     images than a batch are repeated.
     """

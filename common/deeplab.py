@@ -166,13 +166,14 @@ class Loaded(NamedTuple):
     def __str__(self) -> str:
         left = {"missing": self.missing, "unused": self.unused}.items()
         left = [f"{len(names)} {kind} ({names[0]}, ...)" for kind, names in left if names]
-        return "; ".join([f"{self.format}, {len(self.matched)} tensors matched", *left])
+        matched = f", {len(self.matched)} tensors matched" if self.matched else ""
+        return "; ".join([self.format + matched, *left])
 
 
 def load_weights(model: SegmentationResNet, source) -> Loaded:
     """Loads "imagenet" (torchvision) or a file of one of FORMATS. "none" loads nothing."""
     if str(source) == "none":
-        return Loaded("none (Kaiming initialisation; batch statistics, trained affine)", [], [], [])
+        return Loaded("random; batch norm is trained and uses batch statistics", [], [], [])
     state, network = _read(str(source), model.imagenet)
     state = {re.sub(r"\b(module|_orig_mod)\.", "", key): state[key] for key in state}
     fitting = [f for f in FORMATS if any(re.fullmatch(f[1], key) for key in state)]

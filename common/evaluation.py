@@ -179,15 +179,17 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     """Writes NAME.png (predicted classes), NAME_overlay.png and a legend (--predict)."""
     given, folder = [Path(name) for name in args.predict[1:]], Path(args.out)
     paths = [p for g in given for p in (by_stem(g, IMAGE).values() if g.is_dir() else [g])]
-    missing = [path for path in paths if not path.is_file()]
-    if missing or not paths:
-        names = ", ".join(map(str, missing)) or "none given"
-        raise InputError(f"--predict: needs a checkpoint and pictures; not there: {names}")
+    if not paths:
+        raise InputError("--predict: no pictures; give them after the checkpoint")
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise InputError(f"--predict: not there: {', '.join(missing)}")
     results = [folder / f"{path.stem}{end}.png" for path in paths for end in ("", "_overlay")]
     files = [path.resolve() for path in (*paths, *results, folder / "legend.png")]
     if len(set(files)) < len(files):
         raise InputError(f"--predict: results in {folder} would overwrite a picture or each other")
-    headline = _load_network(recipe, args, network, args.checkpoint["headline"])
+    name = args.checkpoint["headline"]
+    headline = _load_network(recipe, args, network, name)
+    print(f"{name} of {args.predict[0]}, colours in {folder / 'legend.png'}")
     palette, names = args.checkpoint["palette"], args.checkpoint["class_names"]
     legend = pictures.legend(names, palette, 480, 16)
     write(folder / "legend.png", partial(legend.save, format="PNG"))

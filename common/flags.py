@@ -27,7 +27,7 @@ Positive = Annotated[float, 1e-9, math.inf]
 RANGES = (tuple[float, float], tuple[Positive, Positive], tuple[Share, Share])
 KEYS = """method recipe args state means headline class_names palette labeled_names iteration logged
 training_names seconds miou"""  # of a checkpoint
-# Groups of flags begin with these fields of Settings. Of the ALONE ones in a group, one is given.
+# The first field of each group of flags. ALONE flags of a group exclude each other.
 GROUPS = {"dataset": "data", "weights": "run", "resume": "use a checkpoint"}
 ALONE = ("labeled", "labeled_list", "resume", "evaluate", "predict")
 COMMANDS = """
@@ -43,8 +43,8 @@ FIXED += ("seed", "supervised", "weights")
 @dataclass
 class Settings:  # the flags that all methods share; the comments are their help texts
     dataset: str = "streets"  # data set
-    preset: Literal["paper", "small"] = "paper"  # recipe: the paper's, or one for small hardware
-    data_dir: str | None = None  # folder of the data set (default: data/<dataset>)
+    preset: Literal["paper", "small"] = "paper"  # recipe: the paper's, or for small hardware
+    data_dir: str | None = None  # folder of the data set (default: data/<dataset>; streets: none)
     labeled: str | None = None  # number of labeled images, or their share, such as 0.125 or 1/8
     labeled_list: str | None = None  # file that names the labeled images, one a line
     split_seed: Seed | None = None  # seed that chooses the labeled images (default: --seed)
@@ -54,7 +54,7 @@ class Settings:  # the flags that all methods share; the comments are their help
     device: str | None = None  # torch device (default: cuda if available, else cpu)
     precision: Literal["bf16", "fp32"] | None = None  # number format (default: bf16 on CUDA)
     compile: bool | None = None  # compile the networks (default: on CUDA, for 5000 steps and more)
-    accumulate: Count = 1  # micro-batches that a batch is split into, on each rank
+    accumulate: Count = 1  # split the batch of each rank into N micro-batches
     workers: int | None = None  # number of loader processes
     output_dir: str | None = None  # folder of the run (default: runs/<method>_<dataset>_...)
     eval_every: Count | None = None  # evaluate every N steps (default: 8 times in all)
@@ -184,7 +184,8 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
     for presets in ({"": Settings()}, recipes):
         if presets is recipes:
             group = parser.add_argument_group(
-                "recipe", "(4.1): section of the paper; code: of the published program; ours"
+                "recipe",
+                "(4.1): section of the paper; (code): of the published program; (ours): ours",
             )
         recipe_class = type(next(iter(presets.values())))
         comments = dict(re.findall(r"(\w+):.*  # (.*)", inspect.getsource(recipe_class)))
@@ -192,11 +193,12 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             if field.name in GROUPS:
                 group = parser.add_argument_group(GROUPS[field.name])
                 alone = group.add_mutually_exclusive_group()
-            values = {name: getattr(preset, field.name) for name, preset in presets.items()}
-            shown = [f"{name}: {value}" for name, value in values.items()]
-            if len(set(values.values())) == 1:
-                shown = [f"default: {values.popitem()[1]}"]
-            text = f"{comments[field.name]} [{', '.join(shown)}]".removesuffix(" [default: None]")
+            names = {}  # value -> presets
+            for name, preset in presets.items():
+                names.setdefault(getattr(preset, field.name), []).append(name)
+            (usual, _), *others = sorted(names.items(), key=lambda item: -len(item[1]))
+            shown = [f"default: {usual}", *(f"{', '.join(names)}: {k}" for k, names in others)]
+            text = f"{comments[field.name]} [{'; '.join(shown)}]".removesuffix(" [default: None]")
             datasets = Literal[tuple(name for name in recipes if name != "small")]
             kind = datasets if field.name == "dataset" else field.type
             options = {"help": text.replace("%", "%%"), **_options(kind)}

@@ -6,6 +6,7 @@ from label ids to training ids, (256,) uint8, the class names and their colours 
 
 import re
 from collections.abc import Callable
+from colorsys import hsv_to_rgb
 from glob import glob
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def _folder_files(root: Path):
     A label is an 8-bit PNG of class ids, 255 for void. classes.txt has one name a line, id 0 first.
     """
     listed = root / "classes.txt"
-    names = read_lines(listed) if listed.is_file() else []
+    names = read_lines(listed)
     if not 2 <= len(names) < INVALID:
         raise InputError(f"{listed}: {len(names)} classes; list 2 to 253, one a line, id 0 first")
     if twice := sorted(name for name in names if names.count(name) > 1):
@@ -123,7 +124,10 @@ def _folder_files(root: Path):
     images, labels = root / "images", root / "labels"
     train = _pairs(images / "train", labels / "train", label=IMAGE, keep=True)
     files = {"train": train, "val": _pairs(images / "val", labels / "val", label=IMAGE)}
-    return files, _table(range(len(names))), names, voc_palette(len(names) + 1)[1:]
+    # Neighbours in this palette differ in hue by the golden ratio, and in brightness.
+    hues = [(k * 0.618 % 1, 0.9 - 0.3 * (k % 2), 0.95 - 0.2 * (k % 3)) for k in range(len(names))]
+    palette = [tuple(round(255 * x) for x in hsv_to_rgb(*hue)) for hue in hues]
+    return files, _table(range(len(names))), names, palette
 
 
 FILES = {
@@ -163,7 +167,7 @@ def _pairs(images: Path, labels: Path, image=IMAGE, label=r"\.png", *, keep=Fals
     names = image_of.keys() if keep else image_of.keys() & label_of.keys()
     for path_of, kind, folder in ((image_of, "label", labels), (label_of, "image", images)):
         if alone := sorted(path_of.keys() - names):
-            text = f"{path_of[alone[0]]}: no {kind} in {folder} ({len(alone)} such files)"
+            text = f"{path_of[alone[0]]}: no {kind} in {folder} ({len(alone)} in all)"
             if not leave_out:
                 raise InputError(text)
             warn(f"{text}, left out")
@@ -249,7 +253,8 @@ def read_label(path: Path, table: np.ndarray) -> Image.Image:
     known = np.flatnonzero(table != INVALID)
     ids, wrong = _read(path, lambda ids: (np.asarray(ids), np.setdiff1d(ids, known)))
     if len(wrong) > 0:
-        raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}")
+        hint = " (255: no label)" if VOID in known else ""
+        raise InputError(f"{path}: label id {wrong[0]} is none of {known.tolist()}{hint}")
     return Image.fromarray(table[ids.astype(np.uint8)])
 
 

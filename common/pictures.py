@@ -17,14 +17,15 @@ from torchvision.utils import make_grid
 TITLES = {
     "labeled": "labeled image",
     "unlabeled": "unlabeled image",
-    "other": "image it is mixed with",
+    "other": "other image",
     "pseudo_label": "pseudo-label",
     "strong_view": "recolored unlabeled image",
-    "box": "box of the other image",
+    "mask": "mask (white: this image)",
+    "mask_b": "mask (white: other image)",
     "seen": "image that the student sees",
     "prediction": "student's prediction",
-    "prediction_l": "prediction, labeled image",
-    "prediction_u": "prediction, unlabeled image",
+    "prediction_l": "prediction for labeled image",
+    "prediction_u": "prediction for unlabeled image",
 }
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
@@ -47,10 +48,10 @@ def overlay(picture: Image.Image, classes: Image.Image) -> Image.Image:
 
 def legend(class_names: Sequence[str], palette: Sequence, width: int, text: int) -> Image.Image:
     """Names class ids and colours in rows. width, and text (height of letters), are in pixels."""
-    font, x, y, places = ImageFont.load_default(text), 0, 0, []
+    font, x, y, places = ImageFont.load_default(text), 4, 0, []
     for name in (*(f"{k} {name}" for k, name in enumerate(class_names)), "void"):
         needed = round(font.getlength(name)) + 3 * text
-        x, y = (0, y + 2 * text) if x and x + needed > width else (x, y)
+        x, y = (4, y + 2 * text) if 4 < x > width - needed else (x, y)
         places.append((x, y, name))
         x += needed
     picture = Image.new("RGB", (width, y + 2 * text), "white")
@@ -74,15 +75,14 @@ def draw_samples(columns: dict[str, Tensor], palette: Sequence, class_names) -> 
     scale = max(1, 256 // tiles[0].shape[2])
     sheet = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
     text = max(12, sheet.width // 70)  # can be read where the sheet is shown 900 pixels wide
+    titles = Image.new("RGB", (sheet.width, 3 * text), "white")
     names = legend(class_names, palette, sheet.width, text)
-    whole = Image.new("RGB", (sheet.width, sheet.height + 3 * text + names.height), "white")
-    whole.paste(sheet, (0, 3 * text))
-    whole.paste(names, (0, 3 * text + sheet.height))
+    whole = Image.fromarray(np.vstack([titles, sheet, names]))
     for k, name in enumerate(columns):
         title = textwrap.fill(
             TITLES.get(name, name.replace("_", " ")), 2 * sheet.width // (len(columns) * text)
         )
-        place = (k * sheet.width / len(columns) + scale, 1)
+        place = (k * sheet.width / len(columns) + 2 * scale, 1)
         ImageDraw.Draw(whole).text(place, title, "black", ImageFont.load_default(text))
     return whole
 
@@ -146,7 +146,7 @@ def _axis(values, log: bool, first: int, last: int) -> tuple[Callable, list[floa
 def draw_curve(log: Path) -> Image.Image:
     """Draws a log.jsonl: losses, their weights and mIoU over steps."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    titles = ("losses", "weights of losses, shares of pixels", "% mIoU")
+    titles = ("losses (logarithmic)", "weights of losses, shares of pixels", "% mIoU")
     panels = {title: {} for title in titles}
     for entry in entries:
         for name, value in entry.items():
@@ -156,14 +156,11 @@ def draw_curve(log: Path) -> Image.Image:
             if name not in ("iteration", "lr", "seconds"):
                 x, y, _ = panels[title].setdefault(name, ([], [], 0))
                 x.append(entry["iteration"])
-                y.append(max(value, 1e-3) if title == "losses" else value)  # a logarithmic axis
+                y.append(max(value, 1e-3) if title == titles[0] else value)  # a logarithmic axis
     ends = (0, entries[-1]["iteration"])
     charts = [
-        draw_chart(lines, title, "step", ends=ends, log=(False, title == "losses"))
+        draw_chart(lines, title, "step", ends=ends, log=(False, title == titles[0]))
         for title, lines in panels.items()
         if lines
     ]
-    sheet = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)))
-    for k, chart in enumerate(charts):
-        sheet.paste(chart, (0, k * chart.height))
-    return sheet
+    return Image.fromarray(np.vstack(charts))

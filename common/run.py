@@ -51,7 +51,7 @@ def main(method: str, doc: str, recipes: dict, network: Callable, train: Callabl
     except (InputError, OSError, ImportError) as error:  # a loader process prepends a traceback
         line, status = str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), 2
     finally:
-        signal.signal(ALARM, signal.SIG_IGN)  # it would kill an interpreter that ends
+        signal.signal(ALARM, signal.SIG_IGN)  # an alarm would kill the exiting interpreter
     if status == 2 or os.environ.get("RANK", "0") == "0":  # a signal reaches all ranks
         print(f"{method}.py: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -86,7 +86,7 @@ def in_columns(recipe: dict, changed: list[str]) -> str:
 class Session:
     """A training run. A checkpoint saves all of state: networks, optimizer and schedule.
 
-    headline names the network to report. micro_batches are the numbers of this rank's own.
+    headline names the network to report. micro_batches are this rank's.
     """
 
     def __init__(self, recipe, args, data: Data, split, state, *, headline: str, accumulate=None):
@@ -105,6 +105,7 @@ class Session:
         self.start, self.seconds, self.miou, self.signal, self.board = 0, 0.0, None, 0, None
         self.terminal = sys.stdout.isatty()
         self.shown, self.scoring = 0.0, 0.0  # time of the last line, seconds of an evaluation
+        self.logged, self.pace = (0, 0.0), 0.0  # step and seconds of a log line, seconds a step
         self.sums: dict[str, tuple[Tensor, int]] = {}  # what was logged since the last log line
         self.named = {"headline": headline, "class_names": list(data.class_names)}
 
@@ -116,6 +117,7 @@ class Session:
             evaluation.load_state(self.state, checkpoint)
             self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
             self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
+            self.logged = self.start, self.seconds
         if self.first:
             self._open_folder()
         if all_max(self.start) != self.start:
@@ -170,11 +172,11 @@ class Session:
             self.shown = time.perf_counter()
 
     def _left(self, done: int) -> str:
-        """Returns the time to the end, evaluations included."""
-        seconds = self.seconds + time.perf_counter() - self.clock
+        """Returns the time to the end, at the latest speed, evaluations included."""
         evaluations = math.ceil((self.recipe.iterations - done + 1) / self.eval_every)
-        rest = (self.recipe.iterations - done) * seconds / done + evaluations * self.scoring
-        return f"{rest / 60:.0f} min left" if rest > 90 else f"{rest:.0f} s left"
+        rest = (self.recipe.iterations - done) * self.pace + evaluations * self.scoring
+        left = f"{rest / 60:.0f} min left" if rest > 90 else f"{rest:.0f} s left"
+        return left if self.pace else ""  # no log line yet
 
     def _on_signal(self, number: int, _) -> None:
         # A second Ctrl-C stops at once, except during a save. (torchrun sends each signal again.)
@@ -221,6 +223,7 @@ class Session:
         compiled = "compiled (the first step may take minutes)" if args.compile else "not compiled"
         print(f"device: {args.device}, {args.precision}, networks {compiled}")
         resumed = f", resumed after iteration {self.start}" if self.start else ""
+        resumed += ": it had ended" if self.start == self.recipe.iterations else ""
         print(f"output in {self.folder}{resumed}", flush=True)
 
     def _log_means(self, done: int, logging: bool, saving: bool) -> None:
@@ -234,6 +237,8 @@ class Session:
         now = time.perf_counter()  # item() has waited for the device
         self.seconds, self.clock = self.seconds + now - self.clock, now
         if logging:
+            self.pace = (self.seconds - self.logged[1]) / (done - self.logged[0])
+            self.logged = done, self.seconds
             lr, self.sums = self.state["optimizer"].param_groups[0]["lr"], {}
             speed = f"{done / self.seconds:.2f} steps/s  {self._left(done)}"
             if self.first:
@@ -279,7 +284,7 @@ class Session:
         text = json.dumps(result, indent=1).encode()
         cache.write(self.folder / "result.json", lambda file: file.write(text))
         print(evaluation.iou_table(scores, self.data.class_names))
-        print(f"headline: {self.headline}, {100 * self.miou:.2f}% mIoU")
+        print(f"reported as in the paper: {self.headline}, {100 * self.miou:.2f}% mIoU")
 
     def _save(self, done: int) -> None:
         checkpoint = {

@@ -1,11 +1,11 @@
 """Measures how right a finished run is on its unlabeled training images and on the scored ones.
 
-    python studies/pseudo_labels.py results/camvid/*_s?/last.pt --out results/camvid/pseudo_labels.jsonl
+    python studies/pseudo_labels.py runs/RUN/last.pt ... --out pseudo_labels.jsonl
 
-A run's own network is used, as in its evaluation. Training hides the labels of the unlabeled images;
-this study reads them. It prints a line for each run: mIoU on unlabeled and on scored images, and the
-share of unlabeled pixels whose confidence is at least 0.968 (ClassMix's threshold) and how many of
-these are right, in %.
+The network is the one that the paper reports. Training hides the labels of the unlabeled images;
+this study reads them. It prints a line for each run: mIoU on unlabeled and on scored images, the
+share of pixels whose confidence is at least 0.968 (ClassMix's threshold), and how many of these
+are right, all in %.
 """
 
 import argparse

@@ -30,6 +30,13 @@ def _seed():
 # ---- Cross-set CutMix (equation 4) ----
 
 
+def test_projection_head_gives_unit_vectors_in_float32():
+    head, features = c3semiseg.ProjectionHead(6, 5).bfloat16(), torch.randn(2, 6, 3, 4).bfloat16()
+    embedding = head(features)
+    assert embedding.dtype == torch.float32 and embedding.shape == (2, 5, 3, 4)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2, 3, 4))
+
+
 @pytest.mark.parametrize("mixing", ["cross", "intra", "none"])
 @pytest.mark.parametrize("n", [1, 3, 4])
 def test_cut_mix_is_equation_4_and_undoes_itself(mixing, n):
@@ -485,7 +492,9 @@ def test_checkpoints_with_and_without_a_head(command, camvid, tmp_path, monkeypa
         argv = ("--predict", last, camvid / "train/000.png", "--out", tmp_path / f"{with_head}")
         assert command("c3semiseg", *argv)[0] == 0
         status, printed, _ = command("c3semiseg", "--resume", last)
-        assert status == 0 and ("headline: student" if with_head else "resumed after") in printed
+        assert (
+            status == 0 and ("in the paper: student" if with_head else "resumed after") in printed
+        )
     train(camvid, "--weights", last)  # the new head stays as initialised
 
 

@@ -168,7 +168,7 @@ def test_presets_of_network_and_perturbation():
             assert recipe.sigma_range == ((4, 16) if dataset == "camvid" else (8, 32))
 
 
-NUMBERS = {  # of the paper: size, crop, batch size, steps (section 4, D.3)
+NUMBERS = {  # size, crop, batch size, steps (section 4, D.3; 40000 steps: code)
     ("camvid", "unet"): ((360, 480), None, 1, 110_100),
     ("cityscapes", "unet"): ((512, 1024), None, 1, 100_000),
     ("cityscapes", "deeplab"): ((512, 1024), None, 2, 40_000),
@@ -273,7 +273,8 @@ def test_what_the_student_is_shown(camvid, kind):
         expected = torch.lerp(image_a, image_b, share.view(-1, 1, 1, 1))
         torch.testing.assert_close(image, expected, atol=1e-4, rtol=0)
     elif kind != "aug":
-        mask = torch.cat([pictures["mask"] for pictures in session.pictures])
+        name = "mask_b" if two else "mask"
+        mask = torch.cat([pictures[name] for pictures in session.pictures])
         fill = session.state["student"].mean
         pair = (image_b, image_a) if two else (image_a, fill)  # where M = 1, where M = 0
         assert torch.equal(image, torch.where(mask.unsqueeze(1), *pair))

@@ -182,8 +182,8 @@ class Replay:
     def end_step(self, iteration: int, pictures: dict) -> None:
         """Sees the details of the loss, the next rates, and the networks."""
         self.see("lr_published", self.rates())
-        if "mask" in pictures:
-            self.see("mask", np.packbits(pictures["mask"], axis=-1))
+        for name in {"mask", "mask_b"} & pictures.keys():
+            self.see("mask", np.packbits(pictures[name], axis=-1))
         if seen := {"mixed_image", "seen"} & pictures.keys():
             image, label = pictures[seen.pop()], pictures["pseudo_label"]
             checksum = zlib.crc32(image.mul(255).round().byte().contiguous().numpy())

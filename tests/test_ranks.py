@@ -41,7 +41,7 @@ def test_two_ranks_equal_one_that_accumulates_two_micro_batches(method, command,
     process = start(f"{method}.py", *flags, two, ranks=2)
     assert command(method, *flags, one, "--accumulate", 2)[0] == 0
     status, printed, errors = finish(process)
-    assert status == 0 and printed.count("headline") == errors.count("warning: ") == 1, errors
+    assert status == 0 and printed.count("in the paper") == errors.count("warning: ") == 1, errors
     equal_to_float_tolerance(one, two)
 
 

@@ -254,7 +254,7 @@ def test_one_process_needs_nothing_that_only_posix_has(tmp_path):
     small = ("--size", 32, 64, "--layers", 1, 1, 1, 1, "--width", 4)
     small += ("--iterations", 2, "--warmup", 0)
     end = finish(start("-c", HIDING, *small, "--output-dir", tmp_path / "run"))
-    assert end[::2] == (0, "") and "classmix on streets" in end[1] and "headline" in end[1]
+    assert end[::2] == (0, "") and "classmix on streets" in end[1] and "in the paper" in end[1]
     end = finish(start("-c", HIDING, "--evaluate", tmp_path / "run/last.pt"))
     assert end[::2] == (0, "") and "mIoU" in end[1]
 
@@ -271,7 +271,7 @@ def test_a_folder_holds_one_run_and_resume_auto_finds_it(
     (made,) = Path("runs").iterdir()
     before = (made / "last.pt").stat().st_mtime_ns
     printed = command("classmix", *args, "--resume", "auto")[1]
-    assert f"output in {made}, resumed after iteration 2\n" in printed
+    assert f"output in {made}, resumed after iteration 2: it had ended\n" in printed
     assert f"{made}/last.pt exists: --resume auto" in refused(*args)
     assert (made / "last.pt").stat().st_mtime_ns == before and [*Path("runs").iterdir()] == [made]
     os.remove(made / "last.pt")  # as if killed before its first checkpoint
@@ -437,7 +437,7 @@ def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
     change(last, "args/preset", REMOVED)  # every recipe was the paper's
     assert parse("--resume", last)[0].warmup == classmix.RECIPES["camvid"].warmup == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {last}: ") and "without --warmup 0" in line
+    assert line.startswith(f"warning: {last}: ") and "used for them: --warmup 0" in line
 
 
 def test_a_resume_that_is_killed_before_it_logs(command, trained, monkeypatch):
