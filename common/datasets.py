@@ -281,6 +281,8 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
     try:
         waiting[:] = [time.monotonic()]
         for batch in DataLoader(dataset, num_workers=workers, **options):
+            if (seconds := time.monotonic() - waiting[0]) > SILENCE:  # without workers
+                warn(f"waited {seconds:.0f} s for data")
             waiting.clear()
             yield batch
             waiting[:] = [time.monotonic()]

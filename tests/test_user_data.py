@@ -294,4 +294,10 @@ def test_a_loader_that_dies_or_is_silent_ends_the_run_with_one_line(monkeypatch,
     monkeypatch.setattr(datasets, "SILENCE", 2)
     with pytest.raises(InputError, match="loading images: DataLoader") as caught:
         list(loader(Slow(act), 1, batch_size=None))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).count("DataLoader") == 1
+
+
+def test_a_stall_without_loader_processes_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "SILENCE", 0.2)
+    list(loader(Slow(lambda: time.sleep(0.5)), 0, batch_size=None))
+    assert re.match(r"warning: waited \d s for data\n", capsys.readouterr().err)
