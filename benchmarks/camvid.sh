@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains the runs of the README's table of photographs: CamVid (in data/camvid), 30 labels, one small
-# network, three seeds. CowMix, CutMix, ClassMix and ComplexMix have one supervised baseline.
+# network, three seeds. CowMix, CutMix, ClassMix and ComplexMix have one supervised baseline. One run
+# has all labels.
 #     benchmarks/camvid.sh [PROCESSES]
 # PROCESSES runs (default 2) are trained at once, with one thread each. Runs that have ended are left
 # out. The test images are scored once, after the training. Environment: PYTHON (default python),

@@ -180,7 +180,7 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     given, folder = [Path(name) for name in args.predict[1:]], Path(args.out)
     paths = [p for g in given for p in (by_stem(g, IMAGE).values() if g.is_dir() else [g])]
     if not paths:
-        raise InputError("--predict: no pictures; give them after the checkpoint")
+        raise InputError("--predict: no pictures given after the checkpoint, or none there")
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise InputError(f"--predict: not there: {', '.join(missing)}")
     results = [folder / f"{path.stem}{end}.png" for path in paths for end in ("", "_overlay")]

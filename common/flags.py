@@ -96,7 +96,7 @@ def parse_args(method: str, doc: str, recipes: dict, preset=None, argv=None):
         if least and any(n < k for n, k in zip(given["size"], least, strict=True)):
             given = {"crop": None, "scale_range": (1.0, 1.0), "scales": (1.0,), **given}  # no crop
     values |= {name: given[name] for name in values if name in given} | {"output_dir": folder}
-    usual = vars(preset(_recipe_name(values), values))
+    usual = vars(recipes[_recipe_name(values)])
     recipe = replace(recipe, **{name: values.pop(name) for name in vars(recipe)})
     for field in fields(recipe):
         if field.type in RANGES and (pair := getattr(recipe, field.name))[0] > pair[1]:
@@ -122,7 +122,10 @@ def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dic
     if missing := [f"--{n.replace('_', '-')} {recipe[n]}" for n in recipe if n not in stored]:
         warn(f"{path}: an older version, which lacks flags; used for them: {', '.join(missing)}")
     values = {**values, **recipe, **stored, "checkpoint": checkpoint}
-    if given.get("dataset", values["dataset"]) != values["dataset"]:
+    if (
+        given.get("dataset", values["dataset"]) != values["dataset"]
+        or values["dataset"] == "streets"
+    ):
         values["data_dir"] = None
     if "resume" not in given:
         return {**values, "precision": None}  # the stored one may not suit this machine
@@ -197,7 +200,10 @@ def _parser(method: str, doc: str, recipes: dict) -> argparse.ArgumentParser:
             for name, preset in presets.items():
                 names.setdefault(getattr(preset, field.name), []).append(name)
             (usual, _), *others = sorted(names.items(), key=lambda item: -len(item[1]))
-            shown = [f"default: {usual}", *(f"{', '.join(names)}: {k}" for k, names in others)]
+            shown = [
+                f"{'usual' if others else 'default'}: {usual}",
+                *(f"{', '.join(names)}: {k}" for k, names in others),
+            ]
             text = f"{comments[field.name]} [{'; '.join(shown)}]".removesuffix(" [default: None]")
             datasets = Literal[tuple(name for name in recipes if name != "small")]
             kind = datasets if field.name == "dataset" else field.type

@@ -116,9 +116,11 @@ def _folder_files(root: Path):
     A label is an 8-bit PNG of class ids, 255 for void. classes.txt has one name a line, id 0 first.
     """
     listed = root / "classes.txt"
+    if not listed.is_file():
+        raise InputError(f"{listed}: no such file; list the class names, one a line, id 0 first")
     names = read_lines(listed)
     if not 2 <= len(names) < INVALID:
-        raise InputError(f"{listed}: {len(names)} classes; list 2 to 253, one a line, id 0 first")
+        raise InputError(f"{listed}: {len(names)} classes; list 2 to 253, one a line")
     if twice := sorted(name for name in names if names.count(name) > 1):
         raise InputError(f"{listed}: {twice[0]} is listed twice")
     images, labels = root / "images", root / "labels"

@@ -72,13 +72,13 @@ def prepare(network: nn.Module, args, *, train: bool) -> nn.Module:
 
 
 def in_columns(recipe: dict, changed: list[str]) -> str:
-    """Formats a recipe in columns of at most 100 characters. Stars mark the changed numbers."""
+    """Formats a recipe in columns within 100 characters. Stars mark the changed numbers."""
     cells = []
     for name, value in recipe.items():
         text = " ".join(map(str, value)) if isinstance(value, tuple) else value
         cells.append(f"{'*' if name in changed else ' '} {name} {text}")
     width = max(map(len, cells)) + 1
-    rows = math.ceil(len(cells) / (100 // width))
+    rows = math.ceil(len(cells) / max(1, 100 // width))
     lines = ["".join(cell.ljust(width) for cell in cells[row::rows]) for row in range(rows)]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -118,6 +118,7 @@ class Session:
             self.start, self.seconds = checkpoint["iteration"], checkpoint["seconds"]
             self.miou, self.sums = checkpoint["miou"], checkpoint["means"]
             self.logged = self.start, self.seconds
+            self.scoring = checkpoint.get("scoring", 0.0)
         if self.first:
             self._open_folder()
         if all_max(self.start) != self.start:
@@ -173,8 +174,9 @@ class Session:
 
     def _left(self, done: int) -> str:
         """Returns the time to the end, at the latest speed, evaluations included."""
-        evaluations = math.ceil((self.recipe.iterations - done + 1) / self.eval_every)
-        rest = (self.recipe.iterations - done) * self.pace + evaluations * self.scoring
+        last, every = self.recipe.iterations, self.eval_every
+        evaluations = math.ceil(last / every) - (done - 1) // every  # with that of this step
+        rest = (last - done) * self.pace + evaluations * self.scoring
         left = f"{rest / 60:.0f} min left" if rest > 90 else f"{rest:.0f} s left"
         return left if self.pace else ""  # no log line yet
 
@@ -293,6 +295,7 @@ class Session:
             "iteration": done,
             "miou": self.miou,
             "seconds": self.seconds,
+            "scoring": self.scoring,
             "means": self.sums,
             "logged": (self.folder / "log.jsonl").stat().st_size,
             "labeled_names": self.names,

@@ -17,8 +17,9 @@ import figures  # noqa: F401  finds the method files
 import torch
 
 from common.datasets import open_dataset
+from common.deeplab import load_file
 from common.evaluation import class_iou, confusion_matrix
-from common.flags import parse_args, read_checkpoint
+from common.flags import parse_args
 
 THRESHOLD = 0.968
 
@@ -39,7 +40,7 @@ def measure(network, images, indices, num_classes: int) -> dict[str, float]:
     return {
         "miou": 100 * class_iou(every).nanmean().item(),
         "confident": (100 * confident.sum() / every.sum()).item(),
-        "right": (100 * confident.trace() / confident.sum()).item(),
+        "right": (100 * confident.trace() / confident.sum().clamp(min=1)).item(),
     }
 
 
@@ -50,19 +51,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given, lines = parser.parse_args(), []
     for path in given.checkpoints:
-        method = torch.load(path, weights_only=True)["method"]
+        method = load_file(path)["method"]
         module, argv = import_module(method), ["--evaluate", str(path), "--device", "cpu"]
         preset = getattr(module, "preset", None)
         recipe, args = parse_args(method, "", module.RECIPES, preset, argv)
-        checkpoint = read_checkpoint(path, method)
         data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
         network = module.network(recipe, data.num_classes, pretrained=False).eval()
-        network.load_state_dict(checkpoint["state"][checkpoint["headline"]])
-        labeled = set(checkpoint["labeled_names"])
+        network.load_state_dict(args.checkpoint["state"][args.checkpoint["headline"]])
+        labeled = set(args.checkpoint["labeled_names"])
         unlabeled = [k for k, name in enumerate(data.train.names) if name not in labeled]
         _, scored = data.scored(None)
         entry = {"run": path.parent.name}
-        entry["unlabeled"] = measure(network, data.train, unlabeled, data.num_classes)
+        if unlabeled:
+            entry["unlabeled"] = measure(network, data.train, unlabeled, data.num_classes)
         entry["scored"] = measure(network, scored, range(len(scored)), data.num_classes)
         lines.append(json.dumps(entry))
         print(lines[-1], flush=True)

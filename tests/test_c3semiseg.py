@@ -340,6 +340,19 @@ def naive_sampled_contrast(f, g, label, logits):
     return naive_contrast(f, drawn, g, drawn, 0.15, True)
 
 
+@pytest.mark.parametrize("mixing", ["cross", "intra", "none"])
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_the_pictures_show_how_labeled_images_are_mixed(mixing, n):
+    image_l, image_u = torch.rand(2, n, 3, 12, 16)
+    label, prob = torch.randint(4, (n, 12, 16)), torch.rand(n, 4, 12, 16)
+    pairs = c3semiseg.draw_pairs(mixing, n, (12, 16), generator())
+    _, shown = c3semiseg.c3_loss(Pixels(1), (image_l, label), (image_u, prob, label, None), *pairs)
+    mask = shown["mask_b"].unsqueeze(1)
+    assert torch.equal(torch.where(mask, shown["other"], image_l), shown["mixed_image"])
+    assert mask.any() == (mixing != "none")
+    assert not any(torch.equal(a, b) for a, b in zip(shown["other"], image_l, strict=True))
+
+
 @pytest.mark.parametrize("sets", ["both", "labeled", "unlabeled"])
 def test_terms_of_equation_7(sets):
     """Also in their gradients: they reach only anchors, or both sides if sets is "labeled"."""

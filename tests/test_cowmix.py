@@ -278,6 +278,8 @@ def test_what_the_student_is_shown(camvid, kind):
         fill = session.state["student"].mean
         pair = (image_b, image_a) if two else (image_a, fill)  # where M = 1, where M = 0
         assert torch.equal(image, torch.where(mask.unsqueeze(1), *pair))
+        shown = [pictures["other"] for pictures in session.pictures if two]
+        assert not two or torch.equal(torch.cat(shown), image_b)
         is_box = all(torch.equal(m, m.any(1)[:, None] & m.any(0)) for m in mask)
         assert is_box == kind.startswith("cut")
         share = mask.float().mean().item()  # p is that of False in cow masks, of True in boxes

@@ -44,6 +44,21 @@ def test_folder_pairs_by_stem_and_keeps_images_without_labels(folder):
     (folder / "classes.txt").write_text("\n")
     with pytest.raises(InputError, match=r"classes\.txt: 0 classes"):
         open_dataset("folder", folder)
+    (folder / "classes.txt").unlink()
+    with pytest.raises(InputError, match=r"classes\.txt: no such file; list the class names"):
+        open_dataset("folder", folder)
+
+
+def test_colors_of_a_folder_s_classes_differ(folder):
+    (folder / "classes.txt").write_text("\n".join(f"class {k}" for k in range(253)))
+    palette = torch.tensor(open_dataset("folder", folder).palette).float()
+    assert len(palette.unique(dim=0)) == 253
+    assert torch.nn.functional.pdist(palette[:20]).min() > 50
+
+
+def test_streets_read_no_folder(tmp_path):
+    with pytest.raises(InputError, match="--dataset folder"):
+        open_dataset("streets", tmp_path)
 
 
 def test_class_names_are_text_without_control_characters(folder):

@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 from importlib import import_module
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, write_cityscapes
+from conftest import METHODS, finish, write_cityscapes
 from PIL import Image
 
 from common import streets
-from common.flags import parse_args
+from common.flags import _parser, parse_args
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -41,9 +42,11 @@ ADDED = {
 def torchrun(words: list[str]):
     """Runs a command of torchrun with two ranks in all, on one or on two nodes."""
     nodes = 2 if "--nnodes" in words else 1
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]  # is free
     change = {
         "4": str(2 // nodes),
-        "HOST:29500": "localhost:29517",
+        "HOST:29500": f"localhost:{port}",
         "classmix.py": ROOT / "classmix.py",
     }
     options = [change.get(word, word) for word in words[1 : words.index("classmix.py") + 1]]
@@ -135,6 +138,27 @@ def test_tables_are_those_of_the_logs(name):
     program = [sys.executable, ROOT / "benchmarks/table.py", name]
     table = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     assert table.count("\n") > 3 and table in (RESULTS if name == "streets_rows" else README)
+
+
+def test_flags_files_and_marks_that_the_documents_name_exist():
+    known = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--maxprocesses"}
+    for name in METHODS:
+        module = import_module(name)
+        known |= {*_parser(name, "", module.RECIPES)._option_string_actions}
+        code = (ROOT / f"{name}.py").read_text()
+        assert all(f"\n{mark}\n" in code for mark in re.findall("`(# ---- .*?)`", README))
+    for text in (README, COPY, RESULTS):
+        assert {*re.findall(r"(?<![\w-])--[a-z][\w-]+", text)} <= known
+    files = {
+        path for path in re.findall(r"[\w/-]+\.(?:py|sh|md|txt)\b", README) if "last" not in path
+    }
+    written = {"my_images/classes.txt", "classes.txt", "split.txt"}  # by users and by runs
+    assert all((ROOT / path).exists() for path in files - written)
+    rows = re.search(r"A run folder holds:.*?\n\n(.*?)\n\n", README, re.S)[1].splitlines()[2:]
+    named = {file for row in rows for file in re.findall("`([^`]+)`", row.split("|")[1])}
+    assert named == {"last.pt", "samples/", "curve.png", "split.txt"} | {
+        f"{stem}.{end}" for stem, end in (("config", "json"), ("result", "json"), ("log", "jsonl"))
+    }
 
 
 def test_links_and_pictures_are_there():

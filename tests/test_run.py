@@ -335,6 +335,31 @@ def test_help_names_every_flag(command):
     assert (status, errors) == (0, "") and "ClassMix" in printed
     for field in classmix.Recipe.__dataclass_fields__:
         assert re.search(f"--{field.replace('_', '-')}[ ,]", printed)
+    printed = re.sub(r"\s+", " ", printed)
+    assert "backbone [usual: 0.00025; streets, small: 0.006]" in printed
+    assert "(4.3) [default: 10000]" in printed
+
+
+def test_the_recipe_is_printed_with_stars_at_what_differs(args, command, tmp_path):
+    args = (*args, "--iterations", 1, "--aspp-rates", *range(1, 50), "--output-dir", tmp_path / "r")
+    recipe, usual = vars(parse(*args)[0]), vars(classmix.RECIPES["camvid"])
+    printed = command("classmix", *args)[1]
+    table = printed[printed.index("recipe") : printed.index("\ndata:")]
+    assert "* aspp_rates 1 2 3 4" in table and "  flip True" in table
+    starred = set(re.findall(r"\* (\w+) ", table))
+    assert starred == {name for name in recipe if recipe[name] != usual[name]}
+    short = run.in_columns({"size": (64, 128), "crop": None, "lr": 0.1}, ["lr"])
+    assert short == "  size 64 128   crop None   * lr 0.1"
+
+
+def test_time_left_counts_evaluations():
+    session = run.Session.__new__(run.Session)
+    session.recipe, session.eval_every = classmix.Recipe(iterations=25), 10
+    session.pace, session.scoring = 2.0, 30.0
+    assert [session._left(k) for k in (5, 10, 21)] == ["2 min left", "2 min left", "38 s left"]
+    assert session._left(25) == "30 s left"  # the evaluation that follows this log line
+    session.pace = 0.0
+    assert session._left(5) == ""
 
 
 def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
