@@ -3,9 +3,9 @@
     python studies/pseudo_labels.py runs/RUN/last.pt ... --out pseudo_labels.jsonl
 
 The network is the one that the paper reports. Training hides the labels of the unlabeled images;
-this study reads them. It prints a line for each run: mIoU on unlabeled and on scored images, the
-share of pixels whose confidence is at least 0.968 (ClassMix's threshold), and how many of these
-are right, all in %.
+this study reads them. It prints a line for each run, with numbers in %: mIoU on unlabeled and on
+scored images; the share of pixels whose confidence is at least 0.968 (ClassMix's threshold), and
+how many of these are right; pixels predicted as each class for 100 pixels that are of this class.
 """
 
 import argparse
@@ -25,8 +25,9 @@ THRESHOLD = 0.968
 
 
 @torch.no_grad()
-def measure(network, images, indices, num_classes: int) -> dict[str, float]:
-    """% mIoU of a network on images, its share of confident pixels, and how many are right."""
+def measure(network, images, indices, class_names) -> dict:
+    """mIoU of a network on images, its confident pixels, and how often it predicts each class."""
+    num_classes = len(class_names)
     matrices = torch.zeros(2, num_classes, num_classes, dtype=torch.int64)  # all, confident
     for k in indices:
         image, label = images[k]
@@ -37,10 +38,14 @@ def measure(network, images, indices, num_classes: int) -> dict[str, float]:
             seen = confidence >= threshold
             matrix += confusion_matrix(prediction[seen], label[seen].long(), num_classes)
     every, confident = matrices
+    often = 100 * every.sum(0) / every.sum(1).clamp(min=1)
     return {
-        "miou": 100 * class_iou(every).nanmean().item(),
-        "confident": (100 * confident.sum() / every.sum()).item(),
-        "right": (100 * confident.trace() / confident.sum().clamp(min=1)).item(),
+        "miou": round(100 * class_iou(every).nanmean().item(), 1),
+        "confident": round(100 * confident.sum().item() / every.sum().item(), 1),
+        "right": round(100 * confident.trace().item() / max(1, confident.sum().item()), 1),
+        "predicted": {
+            name: round(n, 1) for name, n in zip(class_names, often.tolist(), strict=True)
+        },
     }
 
 
@@ -63,8 +68,8 @@ def main() -> None:
         _, scored = data.scored(None)
         entry = {"run": path.parent.name}
         if unlabeled:
-            entry["unlabeled"] = measure(network, data.train, unlabeled, data.num_classes)
-        entry["scored"] = measure(network, scored, range(len(scored)), data.num_classes)
+            entry["unlabeled"] = measure(network, data.train, unlabeled, data.class_names)
+        entry["scored"] = measure(network, scored, range(len(scored)), data.class_names)
         lines.append(json.dumps(entry))
         print(lines[-1], flush=True)
     given.out.write_text("\n".join(lines) + "\n")

@@ -11,6 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
+import pseudo_labels
 import spatial_classes as spatial
 import toy2d
 
@@ -113,3 +114,17 @@ def test_spatial_writes_numbers_and_a_picture(command, camvid, tmp_path):
     assert Image.open(tmp_path / "spatial_camvid.png").width > 900
     status, _, err = command("spatial_classes", "--dataset", "voc", "--data-dir", tmp_path / "none")
     assert status == 2 and "no such folder" in err
+
+
+def test_pseudo_labels_are_compared_with_the_truth():
+    """The image holds the logits of its pixels: two right, one wrong but unsure, one void."""
+    logits = torch.tensor([[9.0, 0.0, 0.6, 9.0], [0.0, 9.0, 0.4, 0.0]]).view(2, 1, 4)
+    label = torch.tensor([[0, 1, 1, 255]]).byte()
+    network = nn.Identity()
+    network.features, network.classify = lambda image: 255 * image, lambda logits, _: logits
+    assert pseudo_labels.measure(network, [(logits, label)], [0], ("a", "b")) == {
+        "miou": 50.0,
+        "confident": 66.7,
+        "right": 100.0,
+        "predicted": {"a": 200.0, "b": 50.0},
+    }
