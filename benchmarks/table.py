@@ -1,6 +1,7 @@
 """Prints tables of results, or what a folder of gpu.sh holds, as Markdown.
 
     python benchmarks/table.py camvid          photographs
+    python benchmarks/table.py camvid_classes  IoU of each class, mean of the seeds
     python benchmarks/table.py streets         rendered streets: the four methods
     python benchmarks/table.py streets_rows    and the rows of the papers' tables
     python benchmarks/table.py results/gpu
@@ -12,6 +13,7 @@ standard deviations; a gain is the mean of the differences to the baseline of th
 import argparse
 import json
 import os
+import re
 import statistics
 from pathlib import Path
 
@@ -110,6 +112,22 @@ def print_results(name: str) -> None:
             print(f"| {title} | {' | '.join(cells)} |")
 
 
+def print_classes() -> None:
+    """Prints the mean IoU of each class on CamVid's test images, of the network of each paper."""
+    columns = {}
+    for title, folder, *_ in CAMVID:
+        runs = read_runs("camvid", folder)
+        for seed in runs:
+            text = (RESULTS / f"camvid/{folder}_s{seed}/test.txt").read_text()
+            found = re.findall(r"^(\w+) +([\d.]+) +([\d.]+)$", text, re.M)
+            k = 1 + (runs[seed]["headline"] == "teacher")
+            columns.setdefault(title, []).append({row[0]: float(row[k]) for row in found})
+    print(f"| | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|")
+    for name in next(iter(columns.values()))[0]:
+        cells = [f"{statistics.mean(run[name] for run in runs):.1f}" for runs in columns.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def print_speed(path: Path) -> None:
     """Prints the lines that speed.py has written."""
     print(f"\n| {' | '.join(SPEED)} |\n{'|---' * len(SPEED)}|")
@@ -137,8 +155,13 @@ def read_lines(path: Path) -> list[dict]:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", help="camvid, streets, streets_rows or a folder of gpu.sh")
+    parser.add_argument(
+        "what", help="camvid, camvid_classes, streets, streets_rows or a folder of gpu.sh"
+    )
     what = parser.parse_args().what
+    if what == "camvid_classes":
+        print_classes()
+        return
     if what in TABLES:
         print_results(what)
         return
