@@ -30,6 +30,8 @@ classmix classmix
 cowmix cowmix
 cutmix cowmix --perturbation cutmix
 complexmix complexmix
+cowmix_unet_supervised cowmix --network unet --supervised
+cowmix_unet cowmix --network unet
 c3semiseg_supervised c3semiseg --supervised
 c3semiseg c3semiseg
 END

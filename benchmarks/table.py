@@ -25,6 +25,8 @@ CAMVID = (
     ("CutMix", "cutmix", "supervised", "2.3"),
     ("ClassMix", "classmix", "supervised", "6.5"),
     ("ComplexMix", "complexmix", "supervised", "7.4"),
+    ("supervised, U-Net", "cowmix_unet_supervised", None, ""),
+    ("CowMix, U-Net", "cowmix_unet", "cowmix_unet_supervised", "6.4"),
     ("supervised (`c3semiseg.py`)", "c3semiseg_supervised", None, ""),
     ("C3-SemiSeg", "c3semiseg", "c3semiseg_supervised", "8.0"),
 )
