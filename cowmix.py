@@ -443,8 +443,7 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     if recipe.color_jitter:
         shown = jitter(seed("color"), torch.cat(shown)).chunk(2)
     if kind == "aug":
-        matrix_a, color = draw_aug(recipe, batch, generator)
-        matrix_b, _ = draw_aug(recipe, batch, generator)
+        (matrix_a, color), (matrix_b, _) = (draw_aug(recipe, batch, generator) for _ in range(2))
         views = (image_a, matrix_a, matrix_b, color)
         return aug_loss(student, teacher, *views, fill, valid_a, threshold=threshold)
     options = {"threshold": threshold, "shown": shown}
