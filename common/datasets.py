@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -279,13 +280,12 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
             options |= {"prefetch_factor": 1 if workers else None}
     options |= {"worker_init_fn": _start_worker, "timeout": SILENCE if workers else 0}
     try:
-        waiting[:] = [time.monotonic()]
+        waiting[:], stall = [time.monotonic()], _say_stall(workers)
         for batch in DataLoader(dataset, num_workers=workers, **options):
-            if (seconds := time.monotonic() - waiting[0]) > SILENCE:  # without workers
-                warn(f"waited {seconds:.0f} s for data")
+            stall.cancel()
             waiting.clear()
             yield batch
-            waiting[:] = [time.monotonic()]
+            waiting[:], stall = [time.monotonic()], _say_stall(workers)
         waiting.clear()
     except (KeyboardInterrupt, RuntimeError) as error:
         for process in multiprocessing.active_children():
@@ -296,6 +296,17 @@ def loader(dataset: Dataset, workers: int, **options) -> Iterator:
         lines = str(error).strip().splitlines()
         reason = " ".join(dict.fromkeys((lines[0], lines[-1])))  # torch says it once or twice
         raise InputError(f"loading images: {reason} (fewer --workers?)") from error
+    finally:
+        stall.cancel()
+
+
+def _say_stall(workers: int) -> threading.Timer:
+    """Returns a clock that warns of a long wait for data. With workers, the wait ends instead."""
+    timer = threading.Timer(SILENCE, warn, [f"waiting for data for {SILENCE} s"])
+    timer.daemon = True  # does not keep a program from ending
+    if not workers:  # a thread should not run while a process forks
+        timer.start()
+    return timer
 
 
 def _start_worker(_: int) -> None:
