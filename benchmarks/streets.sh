@@ -13,7 +13,8 @@ run() { # seed, folder, method and its flags
     local out=${RESULTS:-results}/streets/$2_s$1 python=${PYTHON:-python} seed=$1 file=$3
     if [ -e "$out/result.json" ]; then return; fi
     shift 3
-    $python "$file.py" "$@" --seed "$seed" --output-dir "$out" --resume auto > "$out.log"
+    $python "$file.py" "$@" --precision bf16 --seed "$seed" --output-dir "$out" --resume auto \
+        > "$out.log"
     rm "$out.log"
 }
 export -f run
