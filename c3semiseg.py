@@ -19,25 +19,26 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     lambda_1 times      sum over K          mean over K         mean over K     --consistency-weight
     lambda_1 ramps from step 0              end of warm-up      end of warm-up
     lambda_1 = 0        without L_u (t. 3)  no unlabeled images mixes both sets --consistency-weight
-    lambda_2            0.1                 0.15 in our units   0.15            --contrast-weight
-    start of its ramp   -                   t/T = 0.003         0
+    lambda_2            0.1                 0.1, loss times 1.5 0.15            --contrast-weight
+    lambda_2 ramps up   no                  from t/T = 0.003    from 0
     learning rate of t  (1 - t/T)^0.9       that of t + 1       that of t
     mean (eq. 1, 2)     over each image     over a group        over a group
     labeled keys, eq. 5 the teacher's       the student's       the student's
     keys are detached   -                   yes, except when only labeled pixels are contrasted
     P_i contains i      -                   no                  no
-    logits for hard     -                   resized: nearest    resized: bilinear
+    contrasted pixels   of the batch        of a GPU's 4 + 4    of a group (4)  --group-size
+    few of a class      -                   20 or fewer: none   as the code
     road in eq. 5       yes                 no                  yes             --no-contrast-road
-    contrast, at most   -                   -                   256 (image, class)
     backbone's rate     lr                  0.1 lr, thrice (2)  0.3 lr          --backbone-factor
     classifiers         four branches       sums two of them    four            --aspp-rates 6 12
     warm-up             10 epochs           2250 steps          2500 steps      --warmup
       contrast in it    no                  labeled pixels      labeled pixels  --no-warmup-contrast
     groups to mix       -                   4 + 4, of a GPU     4 + 4           --group-size
     height of boxes     -                   log-uniform         log-uniform
-    places of boxes     -                   rounded (4)         uniform
+    places of boxes     -                   rounded (5)         uniform
     alpha               0.99                rises to 0.99       0.99            --ema-warm-start
     table 7, s = 1      no thresholds       stay at 0.9         no thresholds
+    unlabeled images    the rest            labeled ones too    the rest
     teacher's update    -                   first in a step     first in a step
     batch norm          -                   frozen              frozen (3)
     rotation            -                   labeled: last       before the crop
@@ -48,8 +49,9 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     scored              -                   best student        last student
 
 (1) It cannot run as published. (2) Its optimizer lists these parameters three times. (3) Trained
-with --weights none; both networks then use the statistics of each batch. (4) The
-first and the last place are half as likely as the others.
+with --weights none; both networks then use the statistics of each batch. (4) Of 256 pairs
+of an image and a class at most: 8 images with more than 32 classes have more. (5) The first and the
+last place are half as likely as the others.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -63,7 +65,7 @@ from common import InputError, ranks, run  # first: handles Ctrl-C during the ot
 import argparse
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 from torchvision.transforms import v2
 
@@ -96,16 +98,16 @@ class Recipe:
     ema_decay: Share = 0.99  # alpha, decay of the teacher
     ema_warm_start: bool = False  # at update k the decay is at most 1 - 1 / (4k + 5) (code: yes)
     mixing: Literal["cross", "intra", "none"] = "cross"  # sets that CutMix mixes (table 6)
-    teacher_view: View = "weak"  # colours of the teacher's images: W, S, S+R (table 5)
-    student_view: View = "strong"  # colours of the student's unlabeled images (table 5)
+    teacher_view: View = "weak"  # colours of the teacher's images: W, S or S+R of table 5
+    student_view: View = "strong"  # colours of the student's unlabeled images: W, S or S+R
     jitter: float = 0.5  # jitter of brightness, contrast and saturation (code)
-    hue: float = 0.25  # jitter of hue (code)
+    hue: Annotated[float, 0.0, 0.5] = 0.25  # jitter of hue, in turns (code)
     operations: int = 2  # RandAugment's operations drawn for an image (code)
     operation_probability: Share = 0.5  # probability that a drawn operation is done (code)
     magnitude: float = 10.0  # mean magnitude of the operations, 0 to 10 (code)
     consistency_weight: float = 50.0  # lambda_1 (the code also divides the loss by K, as we do)
     consistency_ramp: Count = 4_000  # steps in which lambda_1 ramps up, from the warm-up's end
-    contrast_weight: float = 0.15  # lambda_2 in units of equation 5 (code); 0.1 in the paper
+    contrast_weight: float = 0.15  # lambda_2: 0.1, times the code's factor of 1.5; paper: 0.1
     contrast_ramp: Count = 250  # steps in which lambda_2 ramps up, from the start (code)
     contrast: Literal["both", "labeled", "unlabeled", "none"] = "both"  # sets in eq. 5 (table 4)
     warmup_contrast: bool = True  # contrast labeled pixels in the warm-up (code); paper: no
@@ -165,7 +167,7 @@ def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def consistency_loss(logits: Tensor, prob: Tensor, mask: Tensor) -> Tensor:
-    """Soft cross entropy over K (equation 2): (B,K,H,W) twice, (B,H,W) bool -> scalar."""
+    """Equation 2 divided by K: (B,K,H,W) twice, (B,H,W) bool -> scalar."""
     loss = F.cross_entropy(logits, prob, reduction="none") / logits.shape[1]
     return masked_mean(loss, mask)
 
@@ -248,12 +250,12 @@ class ProjectionHead(nn.Sequential):
 
 def sample_pixels(
     label, prediction, per_class=20, *, num_classes, hard=True, score=None, generator=None
-):
+) -> tuple[Tensor, Tensor]:
     """Samples per_class pixels of each image and class, half of them hard (3.3, 4.1).
 
     (B,h,w) int64 twice -> index into the flattened grid, label, both (B*K*per_class,). Hard pixels
-    are those with a wrong prediction. If there are too few hard or other pixels for a half, the
-    other kind makes up the number. A class with per_class pixels or fewer there gets label 255.
+    are those with a wrong prediction. If one kind has fewer pixels than a half, the other fills the
+    gap. A class with at most per_class pixels in the image is left out: its slots get label 255.
     score (B,h*w), which ranks pixels of a kind, is uniform noise unless given.
     """
     if score is None:
@@ -265,18 +267,19 @@ def sample_pixels(
     score = F.pad(score, (0, missing))[:, None]  # (B,1,N)
     classes = torch.arange(num_classes, device=label.device)[:, None]  # (K,1)
     of_class = label[:, None] == classes  # (B,K,N)
-    wrong = of_class & (label != prediction)[:, None] if hard else of_class  # (B,K,N)
-    right = of_class & ~wrong  # (B,K,N)
-    n_wrong, n_right = wrong.sum(2, keepdim=True), right.sum(2, keepdim=True)  # (B,K,1)
-    n_hard = torch.minimum(n_wrong, (per_class - n_right).clamp(min=per_class // 2))  # (B,K,1)
-    drawn_wrong = score.masked_fill(~wrong, -1).topk(per_class).indices  # (B,K,per_class)
-    drawn_right = score.masked_fill(~right, -1).topk(per_class).indices  # (B,K,per_class)
-    slot = torch.arange(per_class, device=label.device)  # the first n_hard hold wrong pixels
-    drawn_right = drawn_right.gather(2, (slot - n_hard).clamp(min=0))
-    chosen = torch.where(slot < n_hard, drawn_wrong, drawn_right)
-    enough = n_wrong + n_right > per_class  # (B,K,1)
-    image = torch.arange(len(label), device=label.device).view(-1, 1, 1)
-    index = torch.where(enough, image * pixels + chosen, 0)
+    # Without hard sampling all pixels count as hard.
+    is_hard = of_class & (label != prediction)[:, None] if hard else of_class  # (B,K,N)
+    is_easy = of_class & ~is_hard  # (B,K,N)
+    n_hard, n_easy = is_hard.sum(2, keepdim=True), is_easy.sum(2, keepdim=True)  # (B,K,1)
+    take_hard = torch.minimum(n_hard, (per_class - n_easy).clamp(min=per_class // 2))  # (B,K,1)
+    drawn_hard = score.masked_fill(~is_hard, -1).topk(per_class).indices  # (B,K,per_class)
+    drawn_easy = score.masked_fill(~is_easy, -1).topk(per_class).indices  # (B,K,per_class)
+    slot = torch.arange(per_class, device=label.device)  # the first take_hard hold hard pixels
+    drawn_easy = drawn_easy.gather(2, (slot - take_hard).clamp(min=0))
+    chosen = torch.where(slot < take_hard, drawn_hard, drawn_easy)
+    enough = n_hard + n_easy > per_class  # (B,K,1)
+    start = pixels * torch.arange(len(label), device=label.device).view(-1, 1, 1)
+    index = torch.where(enough, start + chosen, 0)
     return index.flatten(), torch.where(enough, classes, 255).expand_as(index).flatten()
 
 
@@ -315,7 +318,7 @@ def contrast_loss(
 
 
 class ConfidentRegions(nn.Module):
-    """A confidence threshold for each class. About a share keep of its pixels pass (3.4)."""
+    """Keeps a confidence threshold for each class, which a share keep of its pixels pass (3.4)."""
 
     def __init__(self, num_classes: int, keep=0.8, momentum=0.9, initial=0.9):
         super().__init__()
@@ -367,21 +370,21 @@ def draw_pairs(mixing: str, n: int, size: tuple, generator: torch.Generator):
     return order, torch.zeros_like(box) if mixing == "none" else box
 
 
-def warmup_loss(student: nn.Module, image: Tensor, label: Tensor, *, contrast=None):
+def warmup_loss(student: nn.Module, image: Tensor, label: Tensor, *, contrast_fn=None):
     """Terms of equation 7 for labeled images alone (section 4.1), and details."""
     logits, embedding = student(image)
     terms = {"loss_l": supervised_loss(logits, label)}
-    if contrast is not None:
-        terms["loss_c"] = contrast(embedding, embedding, label, logits)
+    if contrast_fn is not None:
+        terms["loss_c"] = contrast_fn(embedding, embedding, label, logits)
     return terms, {"prediction_l": logits.detach()}
 
 
-def c3_loss(student, batch_l, batch_u, order, box, *, contrast=None, sets="both"):
+def c3_loss(student, batch_l, batch_u, order, box, *, contrast_fn=None, sets="both"):
     """Terms of equation 7 for n labeled and n unlabeled images, and details.
 
     batch_l: image (n,3,H,W), label (n,H,W) int64. batch_u: strongly augmented image and, from the
     teacher, prob (n,K,H,W), pseudo-label, 255 where not confident, and embedding. draw_pairs
-    gives order and box. contrast is contrast_loss with its options; sets selects its images.
+    gives order and box. contrast_fn is contrast_loss with its options; sets selects its images.
     """
     (image_l, label_l), (image_u, prob, label_u, g_u) = batch_l, batch_u
     image = torch.cat([image_l, image_u])[order]
@@ -391,34 +394,41 @@ def c3_loss(student, batch_l, batch_u, order, box, *, contrast=None, sets="both"
     logits_l, logits_u = logits.chunk(2)
     terms = {"loss_l": supervised_loss(logits_l, label_l)}
     terms["loss_u"] = consistency_loss(logits_u, prob, label_u != 255)
-    if contrast is not None:
+    if contrast_fn is not None:
         # The published code un-mixes features. As the head has 1x1 convolutions, it is the same.
         small_box = resize_nearest(box, embedding_mix.shape[2:])
         embedding = un_mix(small_box, order, embedding_mix)
         f_l, f_u = embedding.chunk(2)
         if sets == "labeled":
-            terms["loss_c"] = contrast(f_l, f_l, label_l, logits_l)
+            terms["loss_c"] = contrast_fn(f_l, f_l, label_l, logits_l)
         elif sets == "unlabeled":
-            terms["loss_c"] = contrast(f_u, g_u, label_u, logits_u)
+            terms["loss_c"] = contrast_fn(f_u, g_u, label_u, logits_u)
         else:
             g, label = torch.cat([f_l.detach(), g_u]), torch.cat([label_l, label_u])
-            terms["loss_c"] = contrast(embedding, g, label, logits)
-    n, slot = len(box), order.argsort()[: len(box)]  # slots of the labeled images in the batch
-    details = {"other": image.roll(n, 0)[slot], "mask_b": box.repeat(2, 1, 1)[slot]}
-    details |= {"mixed_image": image_mix[slot], "prediction_l": logits_l.detach()}
-    details |= {"strong_view": image_u, "pseudo_label": label_u, "prediction_u": logits_u.detach()}
+            terms["loss_c"] = contrast_fn(embedding, g, label, logits)
+    n = len(box)
+    place = order.argsort()[:n]  # of the labeled images in the shuffled batch
+    details = {
+        "other": image.roll(n, 0)[place],  # image i meets image n + i
+        "mask_b": box.repeat(2, 1, 1)[place],
+        "mixed_image": image_mix[place],
+        "prediction_l": logits_l.detach(),
+        "strong_view": image_u,
+        "pseudo_label": label_u,
+        "prediction_u": logits_u.detach(),
+    }
     return terms, details
 
 
 def sigmoid_ramp(iteration: int, length: int) -> float:
-    """exp(-5 (1 - t)^2), where t = iteration / length grows to 1 (section 4.1)."""
+    """exp(-5 (1 - t)^2), where t = iteration / length grows to 1 and stays there (4.1)."""
     return math.exp(-5 * (1 - min(1.0, iteration / length)) ** 2)
 
 
 # ---- to here ----
 
 
-# RandAugment (Cubuk et al. 2020): strength in [0,1] -> change and its numbers.
+# RandAugment (Cubuk et al. 2020): strength in [0,1] -> function of common/colors.py, its numbers.
 OPERATIONS = {
     "auto-contrast": lambda r: (stretch, (r,)),
     "equalize": lambda r: (equalize, (r,)),
@@ -446,10 +456,10 @@ def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
 
 def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
     """Draws the changes of each image of a view: the jitter in random order, then RandAugment."""
-    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, min(recipe.hue, 0.5))
+    jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, recipe.hue)
     images = []
-    draws = [jitter.make_params([]) for _ in range(count)]
-    for drawn in draws:
+    for _ in range(count):
+        drawn = jitter.make_params([])
         names = [list(JITTER)[k] for k in drawn["fn_idx"]]  # in their random order
         factors = {name: drawn[f"{name}_factor"] for name in names}
         images.append([JITTER[name](f) for name, f in factors.items() if f is not None])
@@ -467,10 +477,10 @@ def color_view(recipe: Recipe, view: str, seeds: list[int], image: Tensor) -> Te
     """
     if view == "weak":
         return image
-    draws = [seeded(draw_changes, s, recipe, view, len(image) // len(seeds)) for s in seeds]
-    return recolor(image.mul(255).round_(), [changes for group in draws for changes in group]).div_(
-        255
-    )
+    count, changes = len(image) // len(seeds), []
+    for seed in seeds:
+        changes += seeded(draw_changes, seed, recipe, view, count)
+    return recolor(image.mul(255).round_(), changes).div_(255)
 
 
 class Network(DeepLabV2):
@@ -495,19 +505,15 @@ class Network(DeepLabV2):
 
 def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> Network:
     """Builds the network of section 4.1. Pretrained batch norm is frozen."""
-    shape = {"layers": recipe.layers, "width": recipe.width, "rates": recipe.aspp_rates}
-    batch_norm = {"batch_norm": "frozen" if pretrained else "batch", "train_affine": not pretrained}
-    embedding = None if recipe.contrast == "none" else recipe.embedding
-    return Network(num_classes, embedding, **shape, **batch_norm)
-
-
-def make_optimizer(recipe: Recipe, student: nn.Module):
-    """Returns the optimizer and the schedule of its learning rate."""
-    backbone, heads = student.parameter_groups(recipe.lr, 1.0)
-    backbone["lr"] = recipe.lr * recipe.backbone_factor
-    optimizer = torch.optim.Adam([backbone, heads], fused=student.mean.is_cuda)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
-    return optimizer, schedule
+    return Network(
+        num_classes,
+        None if recipe.contrast == "none" else recipe.embedding,
+        layers=recipe.layers,
+        width=recipe.width,
+        rates=recipe.aspp_rates,
+        batch_norm="frozen" if pretrained else "batch",
+        train_affine=not pretrained,
+    )
 
 
 def make_contrast(recipe: Recipe, generator: torch.Generator):
@@ -532,7 +538,7 @@ def loss_weights(recipe: Recipe, iteration: int) -> dict[str, float]:
 
 
 def teacher_decay(recipe: Recipe, iteration: int) -> float:
-    """alpha (4.1). Up to the first unlabeled images it is 0: the teacher starts as the student."""
+    """alpha (4.1); 0 until the first unlabeled images, which keeps the teacher a copy."""
     k = iteration - recipe.warmup
     if k <= 0:
         return 0.0
@@ -547,15 +553,16 @@ def label_groups(recipe: Recipe, teacher, regions, images: dict[int, Tensor], se
     images maps a group to its unlabeled images. seed(group, purpose) seeds the colours. The
     thresholds are updated once, with the images of all groups and ranks.
     """
-    batch, n = torch.cat(list(images.values())), len(images)
+    batch = torch.cat(list(images.values()))
     seeds = {name: [seed(k, name) for k in images] for name in ("student", "teacher")}
-    strong = color_view(recipe, recipe.student_view, seeds["student"], batch).chunk(n)
-    weak = color_view(recipe, recipe.teacher_view, seeds["teacher"], batch).chunk(n)
-    found = [label_images(teacher, image) for image in weak]
-    confidence, label = (torch.cat([group[i] for group in found]) for i in (1, 2))
-    regions.update(ranks.gather(confidence), ranks.gather(label))
+    strong = color_view(recipe, recipe.student_view, seeds["student"], batch)
+    weak = color_view(recipe, recipe.teacher_view, seeds["teacher"], batch)
+    found = [label_images(teacher, image) for image in weak.chunk(len(images))]
+    _, confidences, labels, _ = zip(*found, strict=True)
+    regions.update(ranks.gather(torch.cat(confidences)), ranks.gather(torch.cat(labels)))
     targets = {}
-    for k, image, (prob, confidence, label, embedding) in zip(images, strong, found, strict=True):
+    groups = zip(images, strong.chunk(len(images)), found, strict=True)
+    for k, image, (prob, confidence, label, embedding) in groups:
         label = label.masked_fill(~regions.confident(confidence, label), 255)
         targets[k] = image, prob, label, embedding
     return targets
@@ -581,22 +588,25 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     labeled, unlabeled = select(data.train, args, batch_size=recipe.batch_size)
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, pretrained=args.weights != "none").to(args.device)
+    contrasting = not args.supervised and recipe.contrast != "none"
     if args.supervised:
         student.projection = None
-    contrasting = student.projection is not None
     if args.checkpoint is None:
         print(f"weights: {load_weights(student, args.weights)}")
     teacher = make_teacher(student, train_mode=True)
-    thresholds = (recipe.keep, recipe.threshold_momentum, recipe.initial_threshold)
-    regions = ConfidentRegions(data.num_classes, *thresholds).to(args.device)
-    optimizer, schedule = make_optimizer(recipe, student)
+    keep, momentum, initial = recipe.keep, recipe.threshold_momentum, recipe.initial_threshold
+    regions = ConfidentRegions(data.num_classes, keep, momentum, initial).to(args.device)
+    backbone, heads = student.parameter_groups(recipe.lr, 1.0)
+    backbone["lr"] = recipe.lr * recipe.backbone_factor
+    optimizer = torch.optim.Adam([backbone, heads], fused=student.mean.is_cuda)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.iterations, recipe.lr_power)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     state["regions"] = regions
     split = (labeled, unlabeled)
     session = make_session(recipe, args, data, split, state, headline="student", accumulate=groups)
     start = session.restore()
-    weak = {"rotation": recipe.rotation, "crop": recipe.crop, "flip": recipe.flip}
-    transform = scale_crop_flip(scales=recipe.scales, **weak, mean=student.mean)
+    geometry = {"rotation": recipe.rotation, "crop": recipe.crop, "flip": recipe.flip}
+    transform = scale_crop_flip(scales=recipe.scales, **geometry, mean=student.mean)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     first = max(start, recipe.warmup)
     batches_u = session.batches(unlabeled, transform, stream=1, start=first)
@@ -605,7 +615,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     for iteration in range(start, recipe.iterations):
         semi = not args.supervised and iteration >= recipe.warmup
         # Once the teacher labels images, it has batch-norm statistics of its own.
-        buffers = "keep" if semi and iteration > recipe.warmup else "copy"
+        buffers = "copy" if args.supervised or iteration <= recipe.warmup else "keep"
         update_teacher(teacher, student, decay=teacher_decay(recipe, iteration), buffers=buffers)
         seed = partial(ranks.step_seed, args.seed, iteration)
         if semi:
@@ -617,14 +627,20 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
         for k in session.micro_batches:  # groups; their gradients add up
             image_l, label_l = next(batches_l)
             generator = torch.Generator(args.device).manual_seed(seed(k, "boxes, pixels"))
-            contrast = make_contrast(recipe, generator) if contrasting else None
+            contrast_fn = make_contrast(recipe, generator) if contrasting else None
             if semi:
-                pairs = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
-                options = {"contrast": contrast, "sets": recipe.contrast}
-                batch_l = (image_l, label_l)
-                terms, details = c3_loss(student, batch_l, targets[k], *pairs, **options)
+                order, box = draw_pairs(recipe.mixing, len(image_l), image_l.shape[2:], generator)
+                terms, details = c3_loss(
+                    student,
+                    (image_l, label_l),
+                    targets[k],
+                    order,
+                    box,
+                    contrast_fn=contrast_fn,
+                    sets=recipe.contrast,
+                )
             else:
-                terms, details = warmup_loss(student, image_l, label_l, contrast=contrast)
+                terms, details = warmup_loss(student, image_l, label_l, contrast_fn=contrast_fn)
             loss = sum(weights[name] * term for name, term in terms.items())  # equation 7
             (loss / groups).backward()
             session.log(terms)

@@ -267,17 +267,15 @@ def make_mask(recipe: Recipe, num_classes: int, generator, pseudo_label: Tensor)
     if recipe.mask == "class":
         return class_mask(pseudo_label, num_classes, generator=generator)
     batch, *size = pseudo_label.shape
-    where = {"generator": generator, "device": pseudo_label.device}
-    if recipe.mask == "cow":
-        return cow_mask(batch, size, sigma_range=recipe.sigma_range, **where)
-    return cut_mask(batch, size, **where)
+    draw = cut_mask if recipe.mask == "cut" else partial(cow_mask, sigma_range=recipe.sigma_range)
+    return draw(batch, size, generator=generator, device=pseudo_label.device)
 
 
 def jitter_and_blur(seed: int, image: Tensor) -> Tensor:
     """Jitters and blurs images one by one (table 3): float (B,3,H,W) in [0,1] -> same."""
     jitter = v2.RandomApply([v2.ColorJitter(0.25, 0.25, 0.25, 0.25)], 0.8)
     change = v2.Compose([jitter, v2.RandomApply([v2.GaussianBlur(11, (0.15, 1.15))], 0.5)])
-    return seeded(lambda image: torch.stack([change(single) for single in image]), seed, image)
+    return seeded(lambda: torch.stack([change(single) for single in image]), seed)
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -308,8 +306,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = make_session(recipe, args, data, (labeled, unlabeled), state, headline="student")
     start = session.restore()
-    weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
-    transform = scale_crop_flip(**weak, mean=student.mean)
+    scales, mean = recipe.scale_range, student.mean
+    transform = scale_crop_flip(scale_range=scales, crop=recipe.crop, flip=recipe.flip, mean=mean)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     first = max(start, recipe.warmup)
     batches_u = session.batches(unlabeled, partial(without_label, transform), stream=1, start=first)

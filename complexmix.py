@@ -240,8 +240,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = make_session(recipe, args, data, (labeled, unlabeled), state, headline="student")
     start = session.restore()
-    weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
-    transform = scale_crop_flip(**weak, mean=student.mean)
+    scales, mean = recipe.scale_range, student.mean
+    transform = scale_crop_flip(scale_range=scales, crop=recipe.crop, flip=recipe.flip, mean=mean)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     first = max(start, recipe.warmup)
     batches_u = session.batches(unlabeled, partial(without_label, transform), stream=1, start=first)

@@ -15,38 +15,42 @@ those of a Friesian cow.
     UNet                     figure 7, table 4
 
     choice              paper            published code (1)   here          flag
-    squared distance    mean over K      sum, weight 1        mean          --consistency-weight
+    squared distance    listings: mean   sum, weight 1        mean (2)      --consistency-weight
+    confident pixel     > 0.97           >= 0.97              > 0.97
+    masked out          0                the mean colour      the mean colour
     boxes               any area (3.3)   CutMix: half         any area      --p-range 0.5 0.5
     student's colours   as the teacher's jittered             as teacher's  --color-jitter
-    learning rate       one              two (2)              one           --lr --head-factor
+    learning rate       one              two (3)              one           --lr --head-factor
     classifiers         four branches    sums two of them     four          --aspp-rates 6 12
-    mirror and scale    -                yes                  no (4)        --flip --scale-range
-    Cityscapes          whole images     crops, 4 a batch     whole images  --crop 256 512
+    mirror and scale    -                yes                  no (5)        --flip --scale-range
+    Cityscapes          DeepLab: whole   crops, 4 a batch     whole images  --crop 256 512
     epochs of CowOut    300 (D.3.3: 100) -                    300           --iterations 36700
     confidence of ICT   -                blend of maxima      of the blend
     blend of ICT        -                Beta(0.1, 0.1)       Beta          --ict-alpha
-    CutOut shows        inside of boxes  inside of boxes      inside
-    teacher             -                in train mode (3)    in train mode
+    teacher             -                in train mode (4)    in train mode
     evaluated           -                teacher              both; the teacher is the headline
     aug                 warps (D.1.1)    crops 16 pixels off  warps         --translation
     labeled under aug   warped (D.1.1)   unchanged            recolored and warped
-    recolored values    -                -                    kept in [0,1]
+    recolored by aug    C (x + b)        -                    C x + b, kept in [0,1]
     scales of aug       a range (D.1)    -                    log-uniform
     N(0, 0.1) of aug    -                -                    standard deviations
     padding of crops    -                counts               loss 0, not in the confident share
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
+    U-Net's decoder     -                another network      ReLU, no batch norm
+    DeepLab's bn        -                frozen               frozen
     weights of DeepLab  COCO             COCO or ImageNet     ImageNet      --weights FILE
 
-(1) Written for a later paper: no cow masks, another U-Net. (2) 3e-6 for the backbone, 3e-5 for the
-classifiers. The optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes
-close. (3) This matters only with --weights none: loaded batch norm is frozen. The teacher's
-statistics are averaged like its weights. (4) streets: mirrored; --preset small: both. We corrected
-the listings: variable names, xb in place of yb in listing 3, and max(dim=1).values.
+(1) Written for a later paper: no cow masks, another U-Net. (2) The sum, as in equation 2, needs
+--consistency-weight 10 K for K classes. (3) 3e-6 for the backbone, 3e-5 for the classifiers. The
+optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes close. (4) This
+matters only with --weights none: loaded batch norm is frozen. The teacher's statistics are averaged
+like its weights. (5) streets: mirrored; --preset small: both. We corrected the listings: variable
+names, xb in place of yb in listing 3, and max(dim=1).values.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
 
-The paper reports 55.06 +- 1.74% mIoU for the first command.
+The paper reports 55.06 +- 1.74% mIoU on the test images for the first command (10 seeds).
 Measured on streets, teacher: 52.7% with 32 labels, supervised 51.3% (3 seeds; README.md, results/).
 """
 
@@ -69,9 +73,10 @@ from common.ema import make_teacher, update_teacher
 from common.flags import Count, Positive, Share
 
 Perturbation = Literal["cowmix", "cowout", "cutmix", "cutout", "ict", "aug"]
+MIXING = ("cowmix", "cutmix", "ict")  # the perturbations that mix two images
 CAMVID = 367  # training images (4.2); one epoch at batch size 1
-EPOCHS = {"cowmix": 300, "cowout": 300, "cutout": 300, "ict": 300}  # on CamVid (table 1)
-EPOCHS |= {"aug": 50, "cutmix": 100}  # longer training failed
+# On CamVid (table 1); longer training of aug and cutmix failed.
+EPOCHS = {"cowmix": 300, "cowout": 300, "cutout": 300, "ict": 300, "aug": 50, "cutmix": 100}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,7 @@ class Recipe:
     consistency_weight: float = 10.0  # factor of the unlabeled loss (4.1, figure 10)
     confidence_threshold: Share = 0.97  # a pixel above this confidence counts (listings 2, 3)
     sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (figure 12)
-    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of p: share of 0 in cow masks, or of boxes
+    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of p: share of 0 in a cow mask, area of a box
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
     color_jitter: bool = False  # jitter colours of the student's unlabeled images (code: yes)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)
@@ -109,13 +114,13 @@ class Recipe:
 
 CITYSCAPES = replace(Recipe(), size=(512, 1024), iterations=100_000, sigma_range=(8.0, 32.0))
 DEEPLAB = {"network": "deeplab", "lr": 1e-5, "layers": (3, 4, 23, 3)}  # (D.3.2)
-# The crops are the paper's for DeepLab on VOC (D.3.2), 40000 steps the published code's.
+# Crop and batch size of DeepLab on VOC (D.3.2); steps of the published code.
 CROPS = {"size": None, "crop": (321, 321), "batch_size": 10, "iterations": 40_000}
 VOC = replace(CITYSCAPES, **CROPS)
 SMALL = {"size": (64, 128), "width": 16, "layers": (1, 1, 1, 1), "aspp_rates": (1, 2)}
 STREETS = Recipe(network="deeplab", flip=True, batch_size=4, lr=6e-3, lr_power=0.9, **SMALL)
 SCALED = {"size": (180, 240), "crop": (120, 160), "scale_range": (0.75, 1.5)}
-# The paper has camvid with the U-Net, cityscapes and voc. bdd100k follows cityscapes, folder voc.
+# The paper trains on camvid (U-Net), cityscapes and voc. bdd100k is as cityscapes, folder as voc.
 RECIPES = {
     "camvid": Recipe(),
     "cityscapes": CITYSCAPES,
@@ -126,22 +131,17 @@ RECIPES = {
     "small": replace(STREETS, iterations=4_000, **SCALED),  # --preset small
 }
 PAIRS = {"batch_size": 2, "iterations": 40_000, **DEEPLAB}  # (D.3.2; steps: code, for VOC)
-OTHER_NETWORK = {
-    "camvid": replace(Recipe(), **DEEPLAB),
-    "cityscapes": replace(CITYSCAPES, **PAIRS),
-    "voc": VOC,
-    "bdd100k": replace(RECIPES["bdd100k"], **PAIRS),
-    "folder": replace(VOC, **DEEPLAB),
-    "streets": replace(RECIPES["streets"], network="unet"),
-    "small": replace(RECIPES["small"], network="unet"),
-}
+UNET = {name: getattr(Recipe(), name) for name in DEEPLAB}
+# What a data set's recipe changes for the other network.
+OTHER_NETWORK = {"camvid": DEEPLAB, "folder": DEEPLAB, "cityscapes": PAIRS, "bdd100k": PAIRS}
+OTHER_NETWORK |= {"voc": UNET, "streets": {"network": "unet"}, "small": {"network": "unet"}}
 
 
 def preset(name: str, given: dict) -> Recipe:
     """Returns the recipe of this name for the network and the perturbation among the flags."""
     recipe = RECIPES[name]
     if given.get("network", recipe.network) != recipe.network:
-        recipe = OTHER_NETWORK[name]
+        recipe = replace(recipe, **OTHER_NETWORK[name])
     perturbation = given.get("perturbation", "cowmix")
     if perturbation != "cowmix":
         recipe = replace(recipe, perturbation=perturbation, p_range=(0.0, 1.0))  # (4.2, 3.3)
@@ -160,28 +160,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def log_uniform(bounds: tuple, uniform: Tensor) -> Tensor:
+    """Uniform numbers in [0,1] -> log-uniform numbers between the bounds."""
+    low, high = math.log(bounds[0]), math.log(bounds[1])
+    return (low + (high - low) * uniform).exp()
+
+
 def gaussian_matrix(n: int, sigma: Tensor, largest: float) -> Tensor:
     """A Gaussian blur of n values as a matrix: sigma (B,), at most largest -> (B,n,n).
 
     As scipy's gaussian_filter1d: the kernel ends at 4 sigma; edges are mirrored.
     """
-    sigma, period = sigma.view(-1, 1, 1), 2 * n  # values mirrored at both ends repeat after 2n
+    sigma = sigma.view(-1, 1, 1)
+    period = 2 * n  # values mirrored at both ends repeat after 2n
     repeats = 1 + int(4 * largest + 0.5) // period
     offset = torch.arange(1 - n, period, device=sigma.device).view(-1, 1)
     repeated = offset + period * torch.arange(-repeats, repeats + 1, device=sigma.device)
     inside = repeated.abs() <= (4 * sigma + 0.5).floor()
     kernel = (torch.exp(-0.5 * (repeated / sigma) ** 2) * inside).sum(-1)
     kernel = kernel / kernel[:, :period].sum(1, keepdim=True)
-    windows = kernel.unfold(1, n, 1)  # row s has the weights of offsets s + 1 - n to s
-    itself, mirrored = windows[:, :n].flip(1), windows[:, n:]  # at offsets j - i and j + i + 1
-    return itself + mirrored
+    j = torch.arange(n, device=sigma.device)
+    i = j.view(-1, 1)
+    # kernel[:, d + n - 1] has offset d. Value j is at j - i and, mirrored, at j + i + 1.
+    return kernel[:, j - i + n - 1] + kernel[:, j + i + n]
 
 
 def cow_mask(
-    batch,
-    size,
+    batch: int,
+    size: tuple,
     *,
-    sigma_range,
+    sigma_range: tuple,
     p_range=(0.5, 0.5),
     noise=None,
     sigma=None,
@@ -194,9 +202,8 @@ def cow_mask(
     (B,), pixels, is log-uniform in sigma_range and noise (B,*size) is normal.
     """
     if sigma is None:
-        low, high = math.log(sigma_range[0]), math.log(sigma_range[1])
         uniform = torch.rand(batch, generator=generator, device=device)
-        sigma = (low + (high - low) * uniform).exp()
+        sigma = log_uniform(sigma_range, uniform)
     uniform = torch.rand(batch, 1, 1, generator=generator, device=device)
     p = p_range[0] + (p_range[1] - p_range[0]) * uniform
     if noise is None:
@@ -212,8 +219,8 @@ def cow_mask(
 def box_mask(batch: int, size, *, p_range=(0.5, 0.5), generator=None, device=None) -> Tensor:
     """One rectangle in each mask, anywhere in the image (3.3): (B,*size) bool, True inside.
 
-    Its share p of the area is uniform in p_range. Its height and width are p^u and p^(1-u) of the
-    image's, u uniform in [0,1]: the published code's law; the paper says that they are random.
+    Its share p of the area is uniform in p_range. Its height is p^u of the image's and its width
+    p^(1-u), u uniform in [0,1], as in the published code. The paper says only that it is random.
     """
     height, width = size
     uniform = torch.rand(4, batch, 1, 1, generator=generator, device=device)
@@ -239,17 +246,14 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Ten
     return total / (label != ignore_index).sum().clamp(min=1)
 
 
-def consistency_loss(student: nn.Module, image: Tensor, prob: Tensor, fraction, valid):
-    """Squared distance of the student's probabilities to prob, weighted -> scalar, details.
+def consistency_loss(logits: Tensor, prob: Tensor, fraction: Tensor, valid: Tensor) -> Tensor:
+    """Squared distance of probabilities times fraction: (B,K,H,W) twice, (), (B,H,W) -> scalar.
 
-    image (B,3,H,W), prob (B,K,H,W). The mean is over batch, classes and pixels, as in the listings;
-    where valid (B,H,W) is False the square is 0. fraction, the teacher's confident share,
-    replaces a ramp-up (D.3.4).
+    The mean is over batch, classes and pixels, as in the listings; where valid is False the square
+    is 0. fraction, the teacher's confident share, replaces a ramp-up (D.3.4).
     """
-    logits = student(image)
     square = (prob - logits.float().softmax(1)).square() * valid.unsqueeze(1)
-    details = {"seen": image, "pseudo_label": prob.argmax(1), "prediction": logits.detach()}
-    return square.mean() * fraction, {**details, "confident": fraction}
+    return square.mean() * fraction
 
 
 def confident_fraction(prob: Tensor, threshold: float, valid: Tensor) -> Tensor:
@@ -268,9 +272,11 @@ def mixing_loss(student, teacher, image_a, image_b, combine, valid, *, threshold
         prob_b = teacher(image_b).float().softmax(1)  # (line 5)
         image_mix = combine(*(shown or (image_a, image_b)))  # (line 7)
         prob_mix = combine(prob_a, prob_b)  # (line 8)
-        fraction = confident_fraction(prob_mix, threshold, valid)  # (line 13)
-    loss, details = consistency_loss(student, image_mix, prob_mix, fraction, valid)  # (10, 15)
-    return loss, {"other": image_b, **details}
+        fraction = confident_fraction(prob_mix, threshold, valid)  # (lines 12, 13)
+    logits = student(image_mix)  # (line 10)
+    loss = consistency_loss(logits, prob_mix, fraction, valid)  # (line 15)
+    details = {"other": image_b, "seen": image_mix, "pseudo_label": prob_mix.argmax(1)}
+    return loss, {**details, "prediction": logits.detach(), "confident": fraction}
 
 
 def cutout_loss(student, teacher, image, mask, fill, valid, *, threshold, shown=None):
@@ -283,7 +289,10 @@ def cutout_loss(student, teacher, image, mask, fill, valid, *, threshold, shown=
         prob = teacher(image).float().softmax(1)  # (line 4)
         image_cut = mix(mask, image if shown is None else shown, fill)  # x M (line 6)
         fraction = confident_fraction(prob, threshold, valid)  # (line 9)
-    return consistency_loss(student, image_cut, prob, fraction, mask & valid)  # (lines 6, 11)
+    logits = student(image_cut)  # (line 6)
+    loss = consistency_loss(logits, prob, fraction, mask & valid)  # (line 11)
+    details = {"seen": image_cut, "pseudo_label": prob.argmax(1), "prediction": logits.detach()}
+    return loss, {**details, "confident": fraction}
 
 
 def random_affine(
@@ -295,8 +304,7 @@ def random_affine(
     """
     uniform = torch.rand(5, batch, generator=generator, device=device)
     mirror = 1 - 2 * (uniform[0] < flip).float()
-    low, high = math.log(scaling[0]), math.log(scaling[1])
-    scale = (low + (high - low) * uniform[1]).exp()
+    scale = log_uniform(scaling, uniform[1])
     angle = math.radians(rotation) * (2 * uniform[2] - 1)
     x, y = translation * (2 * uniform[3:] - 1)
     zero, cosine, sine = torch.zeros_like(x), scale * angle.cos(), scale * angle.sin()
@@ -338,7 +346,7 @@ def recolor(image: Tensor, *, brightness: float, contrast: float, generator=None
 def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, *, threshold):
     """Section D.1.1: (B,3,H,W), (B,3,3) twice, (B,H,W) bool -> scalar, details.
 
-    The student sees the image changed by A, the teacher by B. A B^-1 brings the teacher's
+    The student sees the image warped by A, the teacher by B. A B^-1 brings the teacher's
     predictions into the student's frame. Only pixels that both see count.
     """
     size = image.shape[-2:]
@@ -350,7 +358,10 @@ def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, *,
         image_a = warp(color(image), grid_a, fill)
         mask = (grid.abs() <= 1).all(-1) & (warp_label(255 * (~valid).long(), grid_a) == 0)
         fraction = confident_fraction(prob, threshold, mask)
-    return consistency_loss(student, image_a, prob, fraction, mask)
+    logits = student(image_a)
+    details = {"seen": image_a, "pseudo_label": prob.argmax(1), "prediction": logits.detach()}
+    loss = consistency_loss(logits, prob, fraction, mask)
+    return loss, {**details, "confident": fraction}
 
 
 # ---- to here ----
@@ -366,8 +377,7 @@ class UNet(SegmentationResNet):
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
 
     def __init__(self, num_classes: int, *, layers=(3, 4, 6, 3), width=64, batch_norm="frozen"):
-        placing = {"strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1), "caffe": False}
-        super().__init__(layers, width, **placing, batch_norm=batch_norm)
+        super().__init__(layers, width, batch_norm, (1, 2, 2, 2), (1, 1, 1, 1), caffe=False)
         channels = [max(1, c * width // 64) for c in (192, 128, 96, 64, 48, 32)]
         skips = (16 * width, 8 * width, 4 * width, 0, 0)  # conv4_x, conv3_x, conv2_x
         self.decoder = nn.ModuleList([nn.Conv2d(32 * width, channels[0], 3, padding=1)])
@@ -407,6 +417,15 @@ def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> Segmentati
     return DeepLabV2(num_classes, **shape, rates=recipe.aspp_rates, train_affine=not pretrained)
 
 
+def draw_mask(recipe: Recipe, batch: int, size: tuple, generator: torch.Generator) -> Tensor:
+    """The masks of a perturbation, cow spots or boxes: (B,*size) bool."""
+    draw = box_mask
+    if recipe.perturbation in ("cowmix", "cowout"):
+        draw = partial(cow_mask, sigma_range=recipe.sigma_range)
+    device = generator.device
+    return draw(batch, size, p_range=recipe.p_range, generator=generator, device=device)
+
+
 def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Tensor, Callable]:
     """Standard augmentation: a matrix for each image (B,3,3), and a function that recolors."""
     matrix = random_affine(
@@ -426,7 +445,7 @@ def jitter(seed: int, image: Tensor) -> Tensor:
     """Changes the colours of each image as the published code does: (B,3,H,W) in [0,1] -> same."""
     change = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
     change = v2.Compose([change, v2.RandomGrayscale(0.2)])
-    return seeded(lambda image: torch.stack([change(single) for single in image]), seed, image)
+    return seeded(lambda: torch.stack([change(single) for single in image]), seed)
 
 
 def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *, seed: Callable):
@@ -439,36 +458,35 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     kind, threshold = recipe.perturbation, recipe.confidence_threshold
     batch, _, *size = image_a.shape
     generator = torch.Generator(image_a.device).manual_seed(seed("perturbation"))
-    shown = (image_a, image_b)
+    if kind == "aug":
+        matrix_a, color = draw_aug(recipe, batch, generator)
+        matrix_b, _ = draw_aug(recipe, batch, generator)  # color draws anew at each call
+        views = image_a, matrix_a, matrix_b, color
+        return aug_loss(student, teacher, *views, fill, valid_a, threshold=threshold)
+    shown = image_a, image_b
     if recipe.color_jitter:
         shown = jitter(seed("color"), torch.cat(shown)).chunk(2)
-    if kind == "aug":
-        (matrix_a, color), (matrix_b, _) = (draw_aug(recipe, batch, generator) for _ in range(2))
-        views = (image_a, matrix_a, matrix_b, color)
-        return aug_loss(student, teacher, *views, fill, valid_a, threshold=threshold)
-    options = {"threshold": threshold, "shown": shown}
+    if kind in ("cowout", "cutout"):
+        mask = draw_mask(recipe, batch, size, generator)
+        cut = image_a, mask, fill, valid_a
+        loss, details = cutout_loss(student, teacher, *cut, threshold=threshold, shown=shown[0])
+        return loss, {"mask": mask, **details}
     if kind == "ict":
         beta = np.random.default_rng(seed("perturbation")).beta
-        blend = torch.tensor(beta(recipe.ict_alpha, recipe.ict_alpha, batch)).float()
-        blend = blend.view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
-        combine, valid = partial(torch.lerp, weight=blend), valid_a & valid_b
-        return mixing_loss(student, teacher, image_a, image_b, combine, valid, **options)
-    where = {"p_range": recipe.p_range, "generator": generator, "device": image_a.device}
-    if kind in ("cowmix", "cowout"):
-        mask = cow_mask(batch, size, sigma_range=recipe.sigma_range, **where)
+        weight = torch.tensor(beta(recipe.ict_alpha, recipe.ict_alpha, batch)).float()
+        weight = weight.view(-1, 1, 1, 1).to(image_a.device, non_blocking=True)
+        drawn, valid, combine = {}, valid_a & valid_b, partial(torch.lerp, weight=weight)
     else:
-        mask = box_mask(batch, size, **where)
-    if kind in ("cowout", "cutout"):
-        cut = {"threshold": threshold, "shown": shown[0]}
-        loss, details = cutout_loss(student, teacher, image_a, mask, fill, valid_a, **cut)
-        return loss, {"mask": mask, **details}
+        mask = draw_mask(recipe, batch, size, generator)
+        drawn, valid = {"mask_b": mask}, mix(mask, valid_b, valid_a)
 
-    def combine(a: Tensor, b: Tensor) -> Tensor:  # mix(a, b, M) = (1 - M) a + M b (3.3)
-        return mix(mask, b, a)
+        def combine(a: Tensor, b: Tensor) -> Tensor:
+            """The paper's mix(a, b, M) = (1 - M) a + M b (3.3)."""
+            return mix(mask, b, a)
 
-    valid = combine(valid_a, valid_b)
-    loss, details = mixing_loss(student, teacher, image_a, image_b, combine, valid, **options)
-    return loss, {"mask_b": mask, **details}
+    pair = image_a, image_b, combine, valid
+    loss, details = mixing_loss(student, teacher, *pair, threshold=threshold, shown=shown)
+    return loss, {**drawn, **details}
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -484,8 +502,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     """Minimises both losses (4.1); tests and benchmarks pass a make_session of their own."""
     check(recipe, args)
     data = open_dataset(args.dataset, args.data_dir, size=recipe.size)
-    options = {"batch_size": recipe.batch_size, "unlabeled": "all"}
-    labeled, unlabeled = select(data.train, args, **options)
+    labeled, unlabeled = select(data.train, args, batch_size=recipe.batch_size, unlabeled="all")
     torch.manual_seed(args.seed)
     student = network(recipe, data.num_classes, pretrained=args.weights != "none").to(args.device)
     if args.checkpoint is None:
@@ -497,9 +514,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = make_session(recipe, args, data, (labeled, unlabeled), state, headline="teacher")
     start = session.restore()
-    weak = {"scale_range": recipe.scale_range, "crop": recipe.crop, "flip": recipe.flip}
-    mean = student.mean
-    transform = scale_crop_flip(**weak, mean=mean)
+    mean, scales = student.mean, recipe.scale_range
+    transform = scale_crop_flip(scale_range=scales, crop=recipe.crop, flip=recipe.flip, mean=mean)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     batches_a = session.batches(unlabeled, partial(without_label, transform), stream=1, start=start)
     batches_b = session.batches(unlabeled, partial(without_label, transform), stream=2, start=start)
@@ -521,9 +537,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             pictures = {"labeled": image_l, "truth": label_l, "prediction_l": logits_l.detach()}
             if args.supervised:
                 continue
-            a = b = next(batches_a)
-            if recipe.perturbation in ("cowmix", "cutmix", "ict"):
-                b = next(batches_b)
+            a = next(batches_a)
+            b = next(batches_b) if recipe.perturbation in MIXING else a  # else not used
             loss_u, details = unlabeled_loss(recipe, student, teacher, mean, a, b, seed=seed)
             (recipe.consistency_weight * loss_u / args.accumulate).backward()
             session.log({"loss_u": loss_u, "confident": details.pop("confident")})

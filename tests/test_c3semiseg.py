@@ -365,7 +365,7 @@ def test_terms_of_equation_7(sets):
     label_u = pseudo_label.masked_fill(confidence < 0.5, 255)
     pairs = c3semiseg.draw_pairs("cross", n, (12, 16), generator())
     given = (student, (image_l, label_l), (strong, prob, label_u, g_u), *pairs)
-    terms, details = c3semiseg.c3_loss(*given, contrast=sampled_contrast(), sets=sets)
+    terms, details = c3semiseg.c3_loss(*given, contrast_fn=sampled_contrast(), sets=sets)
     logits, f = student(torch.cat([image_l, strong]))
     log_u = logits[n:].log_softmax(1)
     keys = torch.cat([f[:n] if sets == "labeled" else f[:n].detach(), g_u])

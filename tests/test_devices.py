@@ -156,9 +156,9 @@ def test_c3semiseg():
         pairs = torch.randperm(8), c3semiseg.box_mask(4, SIZE)
         given = (student, (image, label), unlabeled, *pairs)
         for sets in ("both", "labeled", "unlabeled"):
-            terms, details = c3semiseg.c3_loss(*given, contrast=contrast, sets=sets)
+            terms, details = c3semiseg.c3_loss(*given, contrast_fn=contrast, sets=sets)
             on_device(*terms.values(), *details.values())
-        terms, details = c3semiseg.warmup_loss(student, image, label, contrast=contrast)
+        terms, details = c3semiseg.warmup_loss(student, image, label, contrast_fn=contrast)
         on_device(*terms.values(), *details.values())
 
 

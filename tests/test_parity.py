@@ -221,7 +221,7 @@ def choose_cowmix(session: Replay, patch) -> dict:
     """Functions of cowmix.py that choose as recorded. Also sees which pixels count."""
 
     def note(args, _) -> None:
-        session.valid = args[4]
+        session.valid = args[3]
         session.see("valid", np.packbits(session.valid, axis=-1))
 
     spy(patch, cowmix, "consistency_loss", note)
