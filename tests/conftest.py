@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / name) for name in (".", "benchmarks", "studies")]
 # The networks of the tests, and of the commands that they start, are too small for more threads.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -8,8 +8,6 @@ import sys
 
 from conftest import METHODS, ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 
 def test_the_dry_run_measures_recipes(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable, "CAMVID": str(tmp_path / "none")}

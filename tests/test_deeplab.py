@@ -1,10 +1,8 @@
 """common/deeplab.py: the shape of the network, its modes and the files of its weights."""
 
 import re
-import sys
 import urllib.error
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,13 +11,10 @@ import torch
 from torch import nn
 from torchvision.models import ResNet, ResNet101_Weights
 from torchvision.models.resnet import Bottleneck
+from weight_formats import SHAPE, contents, published, randomize, rename
 
 from common import InputError
 from common.deeplab import DeepLabV2, load_weights
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from weight_formats import SHAPE, contents, published, randomize, rename
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of the published weights, 0-255
 LAYERS = SHAPE["layers"]
