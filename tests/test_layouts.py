@@ -194,11 +194,7 @@ BAD_TREES = [
     ("cityscapes", write_over("traina*Ids.png", GREY | 255), "label id 255"),  # train ids have it
     ("cityscapes", write_over("traina*Ids.png", GREY[:8]), "(96, 8) pixels"),
     ("cityscapes", lambda r: one(r, "valb*Ids.png").write_bytes(b""), "damaged, empty"),
-    (
-        "cityscapes",
-        lambda r: os.truncate(one(r, "traina*8bit.png"), 60),
-        "8bit.png: damaged",
-    ),
+    ("cityscapes", lambda r: os.truncate(one(r, "traina*8bit.png"), 60), "8bit.png: damaged"),
     ("cityscapes", lambda r: one(r, "vala*8bit.png").unlink(), "Ids.png: no image in "),
     ("voc", lambda r: shutil.rmtree(r / "JPEGImages"), "VOCdevkit/VOC2012/JPEGImages"),
     ("voc", lambda r: shutil.rmtree(r / "SegmentationClassAug"), " has no label"),

@@ -300,13 +300,12 @@ def test_a_loader_that_dies_or_is_silent_ends_the_run_with_one_line(monkeypatch,
 def test_a_stall_without_loader_processes_is_said(monkeypatch, capsys):
     monkeypatch.setattr(datasets, "SILENCE", 0.2)
     said = []
-    list(
-        loader(
-            Slow(lambda: (time.sleep(0.5), said.append(capsys.readouterr().err))),
-            0,
-            batch_size=None,
-        )
-    )
+
+    def act():
+        time.sleep(0.5)
+        said.append(capsys.readouterr().err)
+
+    list(loader(Slow(act), 0, batch_size=None))
     assert said == ["warning: waiting for data for 0.2 s\n"]  # while it waits
     time.sleep(0.5)
     assert capsys.readouterr().err == ""
