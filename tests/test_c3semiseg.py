@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from torchvision.transforms import v2
 
 import c3semiseg
-from common import InputError
 from common.augment import seeded
 from common.colors import recolor
 
@@ -432,14 +431,3 @@ def test_checkpoints_with_and_without_a_head(command, camvid, tmp_path, monkeypa
         said = "in the paper: student" if with_head else "resumed after"
         assert status == 0 and said in printed
     train(camvid, "--weights", last)  # the new head stays as initialised
-
-
-def test_groups_share_a_batch_equally_and_the_warm_up_ends(camvid):
-    refused = {
-        "--batch-size 4 --group-size 3 --accumulate 3": "cannot be split into 3",
-        "--batch-size 5 --group-size 4": "--batch-size 5: cannot be split into 2",
-        "--warmup 6": "6 of them are warm-up",
-    }
-    for flags, expected in refused.items():
-        with pytest.raises(InputError, match=expected):
-            train(camvid, *flags.split())

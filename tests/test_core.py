@@ -9,19 +9,10 @@ import symtable
 import sys
 from importlib import import_module
 
+import conftest
 import pytest
 import torch
-from conftest import (
-    METHODS,
-    ROOT,
-    finish,
-    read_log,
-    record,
-    same_state,
-    start,
-    stopping_train,
-    tiny,
-)
+from conftest import METHODS, ROOT, read_log, record, same_state, stopping_train, tiny
 
 from common import InputError, flags, ranks, run
 from common.deeplab import DeepLabV2
@@ -55,10 +46,15 @@ def test_the_part_to_copy_runs_alone(method, monkeypatch):
     assert not unresolved(symtable.symtable(core, "core", "exec"))
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-def test_mix_is_the_same_text_everywhere(method):
-    texts = [inspect.getsource(import_module(name).mix) for name in (METHODS[0], method)]
-    assert texts[0] == texts[1]
+COPIED = [(method, "mix") for method in METHODS[1:]]
+COPIED += [("complexmix", name) for name in ("cross_entropy", "network", "check")]
+
+
+@pytest.mark.parametrize(("method", "name"), COPIED)
+def test_functions_are_the_same_text_as_in_classmix(method, name):
+    modules = map(import_module, (method, "classmix"))
+    ours, theirs = (inspect.getsource(getattr(module, name)) for module in modules)
+    assert ours == theirs
 
 
 def test_nothing_imports_a_method():
@@ -182,13 +178,22 @@ def test_every_field_of_a_recipe_changes_the_run(method, camvid):
     assert [texts for texts in ends.values() if len(texts) > 1] == []
 
 
+REFUSED = {
+    "--accumulate 3": "--batch-size 4",
+    "--scale-range 0.5 1.5": "--scale-range: .*--crop",
+    # of C3-SemiSeg
+    "--scales 0.5 1.5": "--scales: .*--crop",
+    "--batch-size 4 --group-size 3 --accumulate 3": "cannot be split into 3",
+    "--batch-size 5 --group-size 4": "--batch-size 5: cannot be split into 2",
+    "--warmup 6": "6 of them are warm-up",
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_flags_that_do_not_go_together_are_refused(method, camvid):
-    scales = "--scales" if method == "c3semiseg" else "--scale-range"
-    refused = (("--accumulate", 3), "--batch-size 4"), ((scales, 0.5, 1.5), f"{scales}: .*--crop")
-    for argv, expected in refused:
-        with pytest.raises(InputError, match=expected):
-            record(method, *tiny(method, camvid), "--iterations", 5, *argv)
+    for text in list(REFUSED)[2:] if method == "c3semiseg" else list(REFUSED)[:2]:
+        with pytest.raises(InputError, match=REFUSED[text]):
+            record(method, *tiny(method, camvid), "--iterations", 6, *text.split())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -211,7 +216,8 @@ def test_a_run_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     assert (status, errors) == (143, line)
     code = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import conftest, {method}\n"
     code += f"{method}.train = conftest.stopping_train({method!r}, 11, {signal.SIGKILL})\n"
-    status, printed, _ = finish(start("-c", f"{code}{method}.main()", "--resume", last))
+    process = conftest.start("-c", f"{code}{method}.main()", "--resume", last)
+    status, printed, _ = conftest.finish(process)
     assert status == -signal.SIGKILL and "resumed after iteration 5" in printed
     assert read_log(parts)[-1]["iteration"] == 10 and not (parts / "result.json").exists()
     status, printed, _ = command(method, *flags, "--resume", "auto", "--output-dir", parts)

@@ -381,10 +381,13 @@ def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
     resume = ("--resume", out / "last.pt", "--workers", 0, "--output-dir")
     assert "last.pt exists: " in refused(*resume, other)
     assert (other / "last.pt").read_bytes() == before
+    moved.mkdir()
+    for name in ("log.jsonl", "config.json", "split.txt"):
+        (moved / name).write_text("another run\n" * 99)
     assert command("classmix", *resume, moved)[0] == 0
     assert (moved / "split.txt").read_text() == "001\n004\n006\n"
-    assert (moved / "config.json").exists() and (moved / "result.json").exists()
-    assert read_log(moved)[-1]["iteration"] == 3
+    assert json.loads((moved / "config.json").read_text()) and (moved / "result.json").exists()
+    assert {entry["iteration"] for entry in read_log(moved)} == {3}
 
 
 def test_checkpoints_that_do_not_fit_are_refused(refused, args, trained, folder, tmp_path):
@@ -472,17 +475,6 @@ def test_a_resume_that_is_killed_before_it_logs(command, trained, monkeypatch):
     monkeypatch.setattr(run.Session, "_append", mock.Mock(side_effect=KeyboardInterrupt))
     command("classmix", "--resume", trained / "last.pt")
     assert before and log.read_bytes() == before
-
-
-def test_resuming_into_another_folder_keeps_nothing_of_another_run(command, trained, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for name in ("log.jsonl", "config.json", "split.txt"):
-        (other / name).write_text("another run\n" * 99)
-    assert command("classmix", "--resume", trained / "last.pt", "--output-dir", other)[0] == 0
-    assert read_log(other) == []
-    for name in ("config.json", "split.txt"):
-        assert (other / name).read_text().count("another run") == 0
 
 
 # ---- Evaluating and predicting ----
