@@ -298,11 +298,8 @@ def test_terms_of_equation_7(sets):
         "loss_c": naive_sampled_contrast(*of_part),
     }
     assert_close(terms, expected)
-    weights = list(student.parameters())
-    found, wanted = (
-        torch.autograd.grad(sum(x.values()), weights, retain_graph=True) for x in (terms, expected)
-    )
-    assert_close(found, wanted)
+    gradient = partial(torch.autograd.grad, inputs=[*student.parameters()], retain_graph=True)
+    assert_close(*(gradient(sum(losses.values())) for losses in (terms, expected)))
     assert torch.equal(details["pseudo_label"], label_u)
     other, mask = details["other"], details["mask_b"].unsqueeze(1)
     assert torch.equal(torch.where(mask, other, image_l), details["mixed_image"]) and mask.any()

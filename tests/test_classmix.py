@@ -82,13 +82,8 @@ def test_unlabeled_loss_equals_naive_loss(method, kind, weighting):
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close([p.grad for p in student.parameters()], list(gradient))
-    shown = {
-        "other": image.roll(-1, 0),
-        "pseudo_label": prob.argmax(1),
-        "mask": mask,
-        "mixed_image": image_mix,
-    }
-    shown |= {"prediction": logits.detach(), "lambda": weight.mean()}
+    shown = {"other": image.roll(-1, 0), "pseudo_label": prob.argmax(1), "mask": mask}
+    shown |= {"mixed_image": image_mix, "prediction": logits.detach(), "lambda": weight.mean()}
     torch.testing.assert_close(details, shown)
     assert torch.equal(labels[0], details["pseudo_label"])
     assert all(p.grad is None for p in teacher.parameters())  # no gradient reaches the teacher

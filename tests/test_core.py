@@ -197,10 +197,8 @@ def test_flags_that_do_not_go_together_are_refused(method, camvid):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
-    method, command, camvid, tmp_path, monkeypatch
-):
-    """To the bit, also where crops are padded with the mean of weights that are not ImageNet's."""
+def test_a_stopped_and_killed_run_ends_alike(method, command, camvid, tmp_path, monkeypatch):
+    """As undisturbed, to the bit, also if crops are padded with another mean than ImageNet's."""
     state = DeepLabV2(11, layers=(1, 1, 1, 1), width=4).state_dict()
     torch.save({**state, "mean": torch.full((3, 1, 1), 0.9)}, tmp_path / "weights.pth")
     flags = (*tiny(method, camvid), "--weights", tmp_path / "weights.pth", "--crop", 28, 40)

@@ -151,10 +151,8 @@ def test_a_sheet_shows_images_labels_masks_and_a_legend():
 def test_a_chart_puts_lines_and_bands_where_their_values_are():
     lines = {"low": ([0, 10], [1, 1], 0), "high": ([0, 10], [3, 3], [0.5, 0.5])}
     chart = np.asarray(pictures.draw_chart(lines, "% mIoU", "step"))
-    blue, orange = (
-        np.abs(chart[:, 300].astype(int) - color).sum(1)
-        for color in ([31, 119, 180], [255, 127, 14])
-    )
+    colors = np.array([[[31, 119, 180]], [[255, 127, 14]]])
+    blue, orange = np.abs(chart[:, 300] - colors).sum(2)
     low, high = blue.argmin(), orange.argmin()
     assert blue[low] < 90 and orange[high] < 90 and high < low
     pale = np.ptp(chart[:, 300].astype(int), axis=1) > 10  # not grey

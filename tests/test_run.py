@@ -177,9 +177,7 @@ def test_loader_processes_end_with_the_command(args, camvid, tmp_path, end):
 @pytest.mark.parametrize(
     "name", ["config.json", "log.jsonl", "samples/000008.png", "result.json", "last.pt", "0.png"]
 )
-def test_a_full_disk_is_one_line_that_names_the_file(
-    command, refused, args, camvid, tmp_path, monkeypatch, name
-):
+def test_a_full_disk_names_the_file(command, refused, args, camvid, tmp_path, monkeypatch, name):
     """From the moment when this file is opened (of some, their second version), none may grow."""
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -217,9 +215,7 @@ def test_a_teacher_that_is_not_finite_is_not_saved(refused, args, tmp_path, monk
 
 
 @pytest.mark.parametrize("flags", [("--save-every", 1), ()])
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
-    refused, args, tmp_path, monkeypatch, flags
-):
+def test_a_loss_that_is_not_finite_is_not_saved(refused, args, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(run, "SAVE_AFTER", 0.0)  # by default, a run saves when so much time is over
     steps = ("--optimizer", "sgd", "--lr", 1e10, "--iterations", 20, "--eval-every", 20)
     line = refused(*args, *steps, *flags, "--output-dir", tmp_path / "run")
@@ -262,9 +258,7 @@ def test_one_process_needs_nothing_that_only_posix_has(tmp_path):
 # ---- Folders, resuming ----
 
 
-def test_a_folder_holds_one_run_and_resume_auto_finds_it(
-    command, refused, args, tmp_path, monkeypatch
-):
+def test_a_folder_holds_one_run_that_auto_finds(command, refused, args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = (*args, "--iterations", 2)
     assert command("classmix", *args, "--resume", "auto")[0] == 0  # nothing there: a new run
@@ -297,9 +291,7 @@ def test_folders_name_what_differs_from_the_recipe(tmp_path, monkeypatch, given)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_terminal_shows_one_line_that_is_rewritten(
-    command, args, tmp_path, monkeypatch, capsys, terminal
-):
+def test_a_terminal_shows_one_rewritten_line(command, args, tmp_path, monkeypatch, terminal):
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: terminal)
     flags = ("--iterations", 3, "--output-dir", tmp_path / "run")
     status, printed, _ = command("classmix", *args, *flags)
@@ -362,9 +354,7 @@ def test_time_left_counts_evaluations():
     assert session._left(5) == ""
 
 
-def test_resuming_needs_neither_weights_nor_list_and_spares_other_runs(
-    command, refused, args, tmp_path, monkeypatch
-):
+def test_resuming_needs_no_list_and_spares_others(command, refused, args, tmp_path, monkeypatch):
     state = classmix.network(classmix.RECIPES["streets"], 11, pretrained=False).state_dict()
     torch.save(state, tmp_path / "w.pth")
     (tmp_path / "list.txt").write_text("001\n004\n006\n")
@@ -480,9 +470,7 @@ def test_a_resume_that_is_killed_before_it_logs(command, trained, monkeypatch):
 # ---- Evaluating and predicting ----
 
 
-def test_evaluation_at_full_resolution_and_on_another_data_set(
-    command, refused, trained, tmp_path, monkeypatch
-):
+def test_evaluation_at_another_size_and_data_set(command, refused, trained, tmp_path, monkeypatch):
     evaluate = ("--evaluate", trained / "last.pt", "--workers", 0)
     resized, full = (command("classmix", *evaluate, *f)[1] for f in ((), ("--full-resolution",)))
     assert "labels at 24x32" in resized and "labels at their own size" in full
