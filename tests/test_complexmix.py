@@ -26,9 +26,6 @@ def test_p_is_uniform_and_independent_in_each_step_and_seed():
     assert len(pairs) == 16 and np.abs(pairs - 1 / 16).max() < 4 * math.sqrt(15 / 16**2 / count)
 
 
-# ---- What is shared with classmix.py ----
-
-
 def test_the_loop_is_nearly_the_same_text():
     loops = [inspect.getsource(method.train).splitlines() for method in (classmix, complexmix)]
     changes = [line for line in difflib.ndiff(*loops) if line[0] in "+-"]
@@ -48,8 +45,6 @@ def test_recipes_differ_from_classmix_s_only_in_the_warm_up():
     assert (paper.size, paper.batch_size, paper.iterations) == ((512, 1024), 2, 40_000)
     assert (paper.lr, paper.momentum, paper.weight_decay) == (2.5e-4, 0.9, 5e-4)
 
-
-# ---- Training ----
 
 TINY = "--dataset camvid --labeled 4 --size 24 32 --weights none --layers 1 1 1 1 --width 4 "
 TINY += "--workers 0 --aspp-rates 1 2 --lr 0.05 --iterations 4 --confidence-threshold 0.6"

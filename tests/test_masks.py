@@ -19,8 +19,6 @@ import cowmix
 from complexmix import complex_mask
 from cowmix import box_mask, cow_mask
 
-# ---- Classes ----
-
 
 def naive_complex_mask(label, num_classes, p, classes, scores):
     """Block by block and pixel by pixel, with blocks cut at exact fractions of the sides."""
@@ -81,9 +79,6 @@ def test_class_mask_is_complex_mask_of_one_block(num_classes):
     assert torch.equal(given(generator=generator(1)), expected)  # these scores are drawn
 
 
-# ---- Cow spots ----
-
-
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("size", [(48, 80), (7, 33)])  # the second is smaller than the kernels
 def test_cow_mask_equals_listing_1_on_the_same_noise(size, p):
@@ -118,9 +113,6 @@ def test_classmix_s_cow_mask_equals_scipy_on_the_same_draws():
     for single, wave, s in zip(mask, waves.numpy(), sigma, strict=True):
         smooth = gaussian_filter(idctn(wave, norm="ortho"), float(s), mode="reflect")
         assert (single ^ torch.from_numpy(smooth > smooth.mean())).double().mean() < 0.003
-
-
-# ---- Boxes ----
 
 
 def test_p_is_the_share_of_false_in_cow_masks_and_of_true_in_boxes():
