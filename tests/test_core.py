@@ -13,9 +13,11 @@ import conftest
 import pytest
 import torch
 from conftest import METHODS, ROOT, read_log, record, same_state, stopping_train, tiny
+from torch import nn
 
 from common import InputError, flags, ranks, run
 from common.deeplab import DeepLabV2
+from common.ema import make_teacher, update_teacher
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -107,8 +109,13 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
     module.train(recipe, args, make_session=Watching)
     headline = "teacher" if method == "cowmix" else "student"
     result = json.loads((tmp_path / "run/result.json").read_text())
+    last = torch.load(tmp_path / "run/last.pt")
     assert steps == [*range(6)] and result["headline"] == headline
-    assert torch.load(tmp_path / "run/last.pt")["miou"] == result[headline]["miou"]
+    assert last["miou"] == result[headline]["miou"]
+    student, teacher = last["state"]["student"], last["state"]["teacher"]
+    statistics = [name for name in student if name.endswith(("mean", "var", "tracked"))]
+    same = [torch.equal(student[name], teacher[name]) for name in statistics]
+    assert all(same) == (method in ("classmix", "complexmix"))
     assert len(drawn) == (3 if method == "cowmix" else 2) and all(drawn.values())
     assert rates == pytest.approx([rates[0] * (1 - k / 6) ** recipe.lr_power for k in range(7)])
     for k in range(6):
@@ -118,10 +125,20 @@ def test_train_takes_a_session_of_one_s_own(method, camvid, tmp_path):
         torch.testing.assert_close(teachers[k + 1], expected)
 
 
-@pytest.mark.parametrize("method", ["classmix", "complexmix"])
-def test_the_teacher_takes_the_student_s_statistics(method, camvid):
-    state = record(method, *tiny(method, camvid), "--iterations", 4).state
-    assert all(map(torch.equal, state["student"].buffers(), state["teacher"].buffers()))
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_teacher_is_a_detached_copy(train_mode):
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout())
+    student(torch.randn(2, 3, 5, 5))  # running statistics that differ from those of a new network
+    student.train(not train_mode)
+    teacher = make_teacher(student, train_mode=train_mode)
+    assert all(module.training == train_mode for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    torch.testing.assert_close(teacher.state_dict(), student.state_dict(), rtol=0, atol=0)
+    own, theirs = ({t.data_ptr() for t in n.state_dict().values()} for n in (teacher, student))
+    assert not own & theirs
+    with pytest.raises(ValueError, match="both"):
+        update_teacher(teacher, student, decay=0.75, buffers="both")
 
 
 @pytest.mark.parametrize("method", METHODS)
