@@ -29,13 +29,6 @@ def _seed():
 # ---- Cross-set CutMix (equation 4) ----
 
 
-def test_projection_head_gives_unit_vectors_in_float32():
-    head, features = c3semiseg.ProjectionHead(6, 5).bfloat16(), torch.randn(2, 6, 3, 4).bfloat16()
-    embedding = head(features)
-    assert embedding.dtype == torch.float32 and embedding.shape == (2, 5, 3, 4)
-    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2, 3, 4))
-
-
 @pytest.mark.parametrize("mixing", ["cross", "intra", "none"])
 @pytest.mark.parametrize("n", [1, 3, 4])
 def test_cut_mix_is_equation_4_and_undoes_itself(mixing, n):
@@ -346,6 +339,9 @@ def test_network_of_the_paper():
     assert sum(p.numel() for p in net.projection.parameters()) == 590_336
     for convolution in (net.projection[0], net.projection[2]):
         assert convolution.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    embedding = net.projection.bfloat16()(torch.randn(2, 2048, 3, 4).bfloat16())
+    assert embedding.dtype == torch.float32 and embedding.shape == (2, 256, 3, 4)
+    assert_close(embedding.norm(dim=1), torch.ones(2, 3, 4))
     backbone, heads = net.parameter_groups(1.2e-4, 1.0)
     assert len(backbone["params"]) == 104 and len(heads["params"]) == 12
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -160,8 +160,7 @@ def test_box_filter_equals_patches(side):
 
 
 def test_auc_and_correlation_equal_those_of_all_pairs():
-    same, boundary = [], []
-    total = 0
+    same, boundary, total = [], [], 0
     for seed in range(2):
         image, label = scene(seed)
         total = total + study.count_pairs(image, label, 3)
