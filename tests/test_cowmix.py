@@ -117,6 +117,19 @@ def test_unet_pads_with_the_mean_colour_and_cuts_it_off(size):
         assert logits.softmax(1).max() < 0.5  # unsure at first
 
 
+def test_unet_s_decoder_is_figure_7(unet):
+    image = torch.rand(1, 3, 64, 96, generator=generator())
+    with torch.no_grad():
+        two, three, four, x = unet.stages(unet.normalize(image))
+        first, *others = unet.decoder
+        x = first(x).relu()
+        for skip in (four, three, two, None, None):
+            x = others.pop(0)(x).relu()
+            x = x if skip is None else torch.cat([x, skip], 1)
+            x = others.pop(0)(x).relu()
+        torch.testing.assert_close(unet(image), unet.classifier(x))
+
+
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize(("name", "kind"), [("unet", cowmix.UNet), ("deeplab", DeepLabV2)])
 def test_pretrained_networks_keep_their_statistics(name, kind, pretrained):
