@@ -117,7 +117,8 @@ def test_unet_pads_with_the_mean_colour_and_cuts_it_off(size):
         assert logits.softmax(1).max() < 0.5  # unsure at first
 
 
-def test_unet_s_decoder_is_figure_7(unet):
+def test_unet_s_decoder_is_figure_7():
+    unet = cowmix.UNet(5, **SMALL)
     image = torch.rand(1, 3, 64, 96, generator=generator())
     with torch.no_grad():
         two, three, four, x = unet.stages(unet.normalize(image))
