@@ -20,7 +20,7 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     lambda_1 ramps from step 0              end of warm-up      end of warm-up
     lambda_1 = 0        without L_u (t. 3)  no unlabeled images mixes both sets --consistency-weight
     lambda_2            0.1                 0.1, loss times 1.5 0.15            --contrast-weight
-    lambda_2 ramps up   no                  from t/T = 0.003    from 0
+    lambda_2 ramps up   no                  in 250 steps        in 250 steps    --contrast-ramp
     learning rate of t  (1 - t/T)^0.9       that of t + 1       that of t
     mean (eq. 1, 2)     over each image     over a group        over a group
     labeled keys, eq. 5 the teacher's       the student's       the student's
@@ -38,19 +38,19 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
     places of boxes     -                   rounded (5)         uniform
     alpha               0.99                rises to 0.99       0.99            --ema-warm-start
     table 7, s = 1      no thresholds       stay at 0.9         no thresholds
-    unlabeled images    the rest            labeled ones too    the rest
+    unlabeled images    the rest            some labeled ones   the rest
     teacher's update    -                   first in a step     first in a step
     batch norm          -                   frozen              frozen (3)
     rotation            -                   labeled: last       before the crop
     black corners       -                   count (unlabeled)   count (unlabeled)
     labeled colours     weak; fig. 1 strong weak                weak
     BDD100K, unlabeled  scaled, RandAugment neither             as the paper
-    an epoch            -                   with repetition     without
+    images are drawn    -                   with repetition     without
     scored              -                   best student        last student
 
-(1) It cannot run as published. (2) Its optimizer lists these parameters three times. (3) Trained
-with --weights none; both networks then use the statistics of each batch. (4) Of 256 pairs
-of an image and a class at most: 8 images with more than 32 classes have more. (5) The first and the
+(1) It cannot run as published. (2) Its optimizer lists most of them three times. (3) Trained
+with --weights none; both networks then use the statistics of each batch. (4) At most 256 pairs of
+an image and a class; 8 images have more if there are more than 32 classes. (5) The first and the
 last place are half as likely as the others.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
@@ -91,7 +91,7 @@ class Recipe:
     batch_size: Count = 16  # labeled images in a step, and as many unlabeled ones
     group_size: Count = 4  # labeled images that are mixed with as many unlabeled ones (code)
     iterations: Count = 25_000  # training steps
-    warmup: int = 2_500  # first steps, on labeled images only: 10 epochs (4.1) of 250 steps
+    warmup: int = 2_500  # first steps, on labeled images only: 10 epochs (4.1) of 250 steps (code)
     lr: float = 1.2e-4  # learning rate of classifiers and projection head (Adam)
     backbone_factor: float = 0.3  # the backbone's learning rate, as a multiple of lr (code)
     lr_power: float = 0.9  # lr is multiplied by (1 - iteration / iterations) ** lr_power
@@ -157,7 +157,7 @@ from torch import Tensor, nn
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of values where the mask is True, or 0 if the mask is empty: (B,H,W) twice -> scalar."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
 def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
@@ -253,9 +253,10 @@ def sample_pixels(
 ) -> tuple[Tensor, Tensor]:
     """Samples per_class pixels of each image and class, half of them hard (3.3, 4.1).
 
-    (B,h,w) int64 twice -> index into the flattened grid, label, both (B*K*per_class,). Hard pixels
-    are those with a wrong prediction. If one kind has fewer pixels than a half, the other fills the
-    gap. A class with at most per_class pixels in the image is left out: its slots get label 255.
+    (B,h,w) int64 twice -> index into the flattened grid, label, both (B*K*per_class,). In hard
+    pixels the student's prediction is not the label, or not the teacher's class. If one kind has
+    fewer pixels than a half, the other fills the gap. A class with at most per_class pixels in the
+    image is left out: its slots get label 255.
     score (B,h*w), which ranks pixels of a kind, is uniform noise unless given.
     """
     if score is None:
@@ -274,7 +275,8 @@ def sample_pixels(
     take_hard = torch.minimum(n_hard, (per_class - n_easy).clamp(min=per_class // 2))  # (B,K,1)
     drawn_hard = score.masked_fill(~is_hard, -1).topk(per_class).indices  # (B,K,per_class)
     drawn_easy = score.masked_fill(~is_easy, -1).topk(per_class).indices  # (B,K,per_class)
-    slot = torch.arange(per_class, device=label.device)  # the first take_hard hold hard pixels
+    slot = torch.arange(per_class, device=label.device)
+    # The first take_hard slots hold hard pixels, slot s after them easy pixel s - take_hard.
     drawn_easy = drawn_easy.gather(2, (slot - take_hard).clamp(min=0))
     chosen = torch.where(slot < take_hard, drawn_hard, drawn_easy)
     enough = n_hard + n_easy > per_class  # (B,K,1)
@@ -297,7 +299,7 @@ def contrast_loss(
 ) -> Tensor:
     """Equation 5 at sampled pixels: (B,D,h,w) twice, (B,H,W) int64, (B,K,H,W) -> scalar.
 
-    Classes below first_class are left out. It draws at most 256 pools (image, class).
+    Classes below first_class are left out. Of more than 256 pairs (image, class), 256 are drawn.
     """
     size, num_classes = embedding.shape[2:], logits.shape[1]
     label = resize_nearest(label, size)
@@ -318,7 +320,7 @@ def contrast_loss(
 
 
 class ConfidentRegions(nn.Module):
-    """Keeps a confidence threshold for each class, which a share keep of its pixels pass (3.4)."""
+    """One confidence threshold for each class: a moving average of a quantile (3.4)."""
 
     def __init__(self, num_classes: int, keep=0.8, momentum=0.9, initial=0.9):
         super().__init__()
@@ -332,22 +334,24 @@ class ConfidentRegions(nn.Module):
         label = pseudo_label.flatten().clamp(max=num_classes)
         falling, by_confidence = confidence.flatten().sort(descending=True)
         # Class by class, the most confident pixel first. Bytes are fast to sort.
-        order = label.byte()[by_confidence].argsort(stable=True)
+        by_class = label.byte()[by_confidence].argsort(stable=True)
         count = torch.zeros(num_classes + 1, dtype=torch.int64, device=label.device)
         count = count.scatter_add(0, label, torch.ones_like(label))
-        first = (count.cumsum(0) - count)[:-1]  # place of each class in the order
+        first = (count.cumsum(0) - count)[:-1]  # place of each class in this order
         count = count[:-1]
         last_kept = torch.minimum((self.keep * count.double()).long(), count - 1)
-        current = falling[order[(first + last_kept).clamp(min=0)]].double()  # delta_t
+        current = falling[by_class[(first + last_kept).clamp(min=0)]].double()  # delta_t
         average = self.momentum * self.thresholds + (1 - self.momentum) * current
         self.thresholds.copy_(torch.where(count > 0, average, self.thresholds))
         return self.confident(confidence, pseudo_label)
 
     def confident(self, confidence: Tensor, pseudo_label: Tensor) -> Tensor:
-        """Pixels that reach the threshold of their class, or all if keep is 1: (B,H,W) bool."""
-        if self.keep >= 1:
-            return torch.ones_like(confidence, dtype=torch.bool)
-        return confidence >= self.thresholds[pseudo_label.clamp(max=len(self.thresholds) - 1)]
+        """Pixels that reach the threshold of their class, or all if keep is 1: (B,H,W) bool.
+
+        Pixels labeled 255 do not.
+        """
+        threshold = self.thresholds[pseudo_label.clamp(max=len(self.thresholds) - 1)]
+        return (pseudo_label != 255) & ((confidence >= threshold) | (self.keep >= 1))
 
 
 @torch.no_grad()
@@ -428,7 +432,7 @@ def sigmoid_ramp(iteration: int, length: int) -> float:
 # ---- to here ----
 
 
-# RandAugment (Cubuk et al. 2020): strength in [0,1] -> function of common/colors.py, its numbers.
+# The code's RandAugment: strength in [0,1] -> function of common/colors.py and its numbers.
 OPERATIONS = {
     "auto-contrast": lambda r: (stretch, (r,)),
     "equalize": lambda r: (equalize, (r,)),
@@ -457,12 +461,13 @@ def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
 def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
     """Draws the changes of each image of a view: the jitter in random order, then RandAugment."""
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, recipe.hue)
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
     images = []
     for _ in range(count):
-        drawn = jitter.make_params([])
-        names = [list(JITTER)[k] for k in drawn["fn_idx"]]  # in their random order
-        factors = {name: drawn[f"{name}_factor"] for name in names}
-        images.append([JITTER[name](f) for name, f in factors.items() if f is not None])
+        order, *factors = jitter.get_params(*ranges)
+        drawn = list(zip(JITTER.values(), factors, strict=True))
+        ordered = [drawn[k] for k in order]
+        images.append([change(factor) for change, factor in ordered if factor is not None])
     if view == "strong":
         for changes in images:
             changes += [OPERATIONS[name](strength) for name, strength in draw_operations(recipe)]
@@ -538,7 +543,7 @@ def loss_weights(recipe: Recipe, iteration: int) -> dict[str, float]:
 
 
 def teacher_decay(recipe: Recipe, iteration: int) -> float:
-    """alpha (4.1); 0 until the first unlabeled images, which keeps the teacher a copy."""
+    """alpha (4.1); in the warm-up it is 0, so that the teacher is a copy of the student."""
     k = iteration - recipe.warmup
     if k <= 0:
         return 0.0

@@ -15,24 +15,24 @@ those of a Friesian cow.
     UNet                     figure 7, table 4
 
     choice              paper            published code (1)   here          flag
-    squared distance    listings: mean   sum, weight 1        mean (2)      --consistency-weight
+    squared distance    listings: mean   sum over K, weight 1 mean          --consistency-weight K
     confident pixel     > 0.97           >= 0.97              > 0.97
     masked out          0                the mean colour      the mean colour
     boxes               any area (3.3)   CutMix: half         any area      --p-range 0.5 0.5
     student's colours   as the teacher's jittered             as teacher's  --color-jitter
-    learning rate       one              two (3)              one           --lr --head-factor
+    learning rate       one              two (2)              one           --lr --head-factor
     classifiers         four branches    sums two of them     four          --aspp-rates 6 12
-    mirror and scale    -                yes                  no (5)        --flip --scale-range
+    mirror and scale    -                yes                  no (4)        --flip --scale-range
     Cityscapes          DeepLab: whole   crops, 4 a batch     whole images  --crop 256 512
     epochs of CowOut    300 (D.3.3: 100) -                    300           --iterations 36700
     confidence of ICT   -                blend of maxima      of the blend
     blend of ICT        -                Beta(0.1, 0.1)       Beta          --ict-alpha
-    teacher             -                in train mode (4)    in train mode
+    teacher             -                in train mode (3)    in train mode
     evaluated           -                teacher              both; the teacher is the headline
     aug                 warps (D.1.1)    crops 16 pixels off  warps         --translation
     labeled under aug   warped (D.1.1)   unchanged            recolored and warped
     recolored by aug    C (x + b)        -                    C x + b, kept in [0,1]
-    scales of aug       a range (D.1)    -                    log-uniform
+    scales of aug       uniform (D.1)    -                    log-uniform
     N(0, 0.1) of aug    -                -                    standard deviations
     padding of crops    -                counts               loss 0, not in the confident share
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
@@ -40,17 +40,16 @@ those of a Friesian cow.
     DeepLab's bn        -                frozen               frozen
     weights of DeepLab  COCO             COCO or ImageNet     ImageNet      --weights FILE
 
-(1) Written for a later paper: no cow masks, another U-Net. (2) The sum, as in equation 2, needs
---consistency-weight 10 K for K classes. (3) 3e-6 for the backbone, 3e-5 for the classifiers. The
-optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes close. (4) This
-matters only with --weights none: loaded batch norm is frozen. The teacher's statistics are averaged
-like its weights. (5) streets: mirrored; --preset small: both. We corrected the listings: variable
-names, xb in place of yb in listing 3, and max(dim=1).values.
+(1) Written for a later paper: no cow masks, another U-Net. (2) 3e-6 for the backbone, 3e-5 for the
+classifiers. The optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes
+close. (3) This matters only with --weights none, as loaded batch norm is frozen. The teacher then
+averages the statistics, too. (4) streets: mirrored; --preset small: both. We corrected the
+listings: variable names, xb in place of yb in listing 3, and max(dim=1).values.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
 
-The paper reports 55.06 +- 1.74% mIoU on the test images for the first command (10 seeds).
+The paper reports 55.06 +- 1.74% mIoU on the test images for the first command (10 subsets).
 Measured on streets, teacher: 52.7% with 32 labels, supervised 51.3% (3 seeds; README.md, results/).
 """
 
@@ -97,8 +96,11 @@ class Recipe:
     ema_decay: Share = 0.99  # alpha, decay of the teacher (D.3.1)
     consistency_weight: float = 10.0  # factor of the unlabeled loss (4.1, figure 10)
     confidence_threshold: Share = 0.97  # a pixel above this confidence counts (listings 2, 3)
-    sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (figure 12)
-    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of p: share of 0 in a cow mask, area of a box
+    sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (4.2)
+    p_range: tuple[Share, Share] = (
+        0.5,
+        0.5,
+    )  # range of p: share of 0 in a mask, area of boxes (4.2)
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
     color_jitter: bool = False  # jitter colours of the student's unlabeled images (code: yes)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)
@@ -198,8 +200,8 @@ def cow_mask(
 ) -> Tensor:
     """Smoothed noise above T = sqrt(2) erfinv(2p - 1) S_sigma + S_mu (3.4, listing 1).
 
-    -> (B,*size) bool. p, uniform in p_range, is the expected share of False. Unless given, sigma
-    (B,), pixels, is log-uniform in sigma_range and noise (B,*size) is normal.
+    -> (B,*size) bool. p, uniform in p_range, is the expected share of False. Unless given, noise
+    (B,*size) is normal and sigma (B,), pixels, at most sigma_range[1], is log-uniform.
     """
     if sigma is None:
         uniform = torch.rand(batch, generator=generator, device=device)
@@ -220,7 +222,8 @@ def box_mask(batch: int, size, *, p_range=(0.5, 0.5), generator=None, device=Non
     """One rectangle in each mask, anywhere in the image (3.3): (B,*size) bool, True inside.
 
     Its share p of the area is uniform in p_range. Its height is p^u of the image's and its width
-    p^(1-u), u uniform in [0,1], as in the published code. The paper says only that it is random.
+    p^(1-u), u uniform in [0,1]. Sizes and places are rounded, as in the published code. The paper
+    says only that the box is random.
     """
     height, width = size
     uniform = torch.rand(4, batch, 1, 1, generator=generator, device=device)
@@ -288,7 +291,7 @@ def cutout_loss(student, teacher, image, mask, fill, valid, *, threshold, shown=
     with torch.no_grad():
         prob = teacher(image).float().softmax(1)  # (line 4)
         image_cut = mix(mask, image if shown is None else shown, fill)  # x M (line 6)
-        fraction = confident_fraction(prob, threshold, valid)  # (line 9)
+        fraction = confident_fraction(prob, threshold, valid)  # (lines 8, 9)
     logits = student(image_cut)  # (line 6)
     loss = consistency_loss(logits, prob, fraction, mask & valid)  # (line 11)
     details = {"seen": image_cut, "pseudo_label": prob.argmax(1), "prediction": logits.detach()}

@@ -226,6 +226,7 @@ def test_thresholds_equal_naive_ones(keep, momentum):
         passes = confidence >= thresholds[pseudo_label.clamp(max=18)]  # inclusive, updated first
         assert torch.equal(mask[counts], passes[counts])
         assert torch.equal(mask, regions.confident(confidence, pseudo_label))
+        assert not mask[pseudo_label == 255].any()
 
 
 def test_thresholds_are_exact_quantiles():
