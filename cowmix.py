@@ -97,10 +97,7 @@ class Recipe:
     consistency_weight: float = 10.0  # factor of the unlabeled loss (4.1, figure 10)
     confidence_threshold: Share = 0.97  # a pixel above this confidence counts (listings 2, 3)
     sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (4.2)
-    p_range: tuple[Share, Share] = (
-        0.5,
-        0.5,
-    )  # range of p: share of 0 in a mask, area of boxes (4.2)
+    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of p (4.2): share of 0, or area of a box
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
     color_jitter: bool = False  # jitter colours of the student's unlabeled images (code: yes)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)
