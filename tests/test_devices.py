@@ -52,6 +52,10 @@ def fake_cuda():
     with ExitStack() as stack:
         for context in (FakeTensorMode(), torch.device("cuda")):
             stack.enter_context(context)
+        try:
+            torch.zeros(2, 2)[:, 0]
+        except RuntimeError:
+            pytest.skip("in torch 2.5 an index of a fake tensor needs a driver")
         yield
 
 
