@@ -56,7 +56,7 @@ last place are half as likely as the others.
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
 The paper reports 63.23 +- 0.45% mIoU for this command (1/30: 55.17, 1/4: 65.50, full: 69.53).
-Measured on streets, student: 57.3% with 32 labels, supervised 54.0% (3 seeds; README.md, results/).
+Measured on streets, student: 58.0% with 32 labels, supervised 54.3% (3 seeds; README.md, results/).
 """
 
 from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports

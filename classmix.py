@@ -34,7 +34,7 @@ are subtracted from BGR: use the flag with the authors' weights. (3) They only c
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
 The paper reports 61.35 +- 0.62% mIoU for this command (1/30: 54.07, 1/4: 63.63, 1/2: 66.29).
-Measured on streets, student: 56.6% with 32 labels, supervised 51.5% (3 seeds; README.md, results/).
+Measured on streets, student: 56.1% with 32 labels, supervised 52.1% (3 seeds; README.md, results/).
 """
 
 from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports

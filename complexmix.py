@@ -25,7 +25,7 @@ No code was published. What is not in the table is as in classmix.py.
     python complexmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
 The paper reports 62.25 +- 1.22% mIoU for this command (1/30: 53.88, 1/4: 64.07, 1/2: 66.77).
-Measured on streets, student: 55.9% with 32 labels, supervised 51.5% (3 seeds; README.md, results/).
+Measured on streets, student: 56.2% with 32 labels, supervised 52.1% (3 seeds; README.md, results/).
 """
 
 from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports

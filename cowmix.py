@@ -50,7 +50,7 @@ listings: variable names, xb in place of yb in listing 3, and max(dim=1).values.
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
 
 The paper reports 55.06 +- 1.74% mIoU on the test images for the first command (10 subsets).
-Measured on streets, teacher: 52.7% with 32 labels, supervised 51.3% (3 seeds; README.md, results/).
+Measured on streets, teacher: 52.3% with 32 labels, supervised 51.2% (3 seeds; README.md, results/).
 """
 
 from common import InputError, ranks, run  # first: handles Ctrl-C during the other imports
