@@ -129,6 +129,24 @@ def test_views_are_torchvision_s_image_by_image(strength, hue):
     assert torch.equal(c3semiseg.color_view(still, "strong", [5, 6], image / 255), image / 255)
 
 
+def test_each_view_of_each_group_has_colours_of_its_own():
+    recipe, seen = replace(CITYSCAPES, teacher_view="jitter", student_view="jitter"), []
+
+    def teacher(image):
+        seen.append(image)
+        return torch.randn(len(image), 5, 8, 8), image
+
+    image = torch.rand(2, 3, 8, 8)
+
+    def seed(group, network):
+        return 10 * group + len({"student", network})
+
+    regions = c3semiseg.ConfidentRegions(5)
+    targets = c3semiseg.label_groups(recipe, teacher, regions, {0: image, 3: image}, seed)
+    views = torch.stack([*seen, targets[0][0], targets[3][0]])
+    assert (views[:, None] - views).abs().amax((3, 4, 5)).eq(0).sum() == 8  # each equals itself
+
+
 # ---- Losses (equations 1, 2, 3 and 5) ----
 
 
