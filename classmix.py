@@ -156,8 +156,7 @@ def class_mask(pseudo_label, num_classes: int, *, scores=None, generator=None) -
     if scores is None:
         scores = torch.rand(batch, num_classes, generator=generator, device=device)
     in_range = (pseudo_label >= 0) & (pseudo_label < num_classes)
-    label = torch.where(in_range, pseudo_label, num_classes)  # K: out of range
-    index = label.flatten(1)
+    index = torch.where(in_range, pseudo_label, num_classes).flatten(1)  # K: out of range
     table = torch.zeros(batch, num_classes + 1, dtype=torch.bool, device=device)
     present = table.scatter(1, index, True)[..., :num_classes]
     scores = scores.masked_fill(~present, torch.inf)
