@@ -17,8 +17,8 @@ of pixels of both sets are drawn together within a class and pushed apart betwee
 
     choice              paper               published code (1)  here            flag
     lambda_1 times      sum over K          mean over K         mean over K     --consistency-weight
-    lambda_1 ramps from step 0              end of warm-up      end of warm-up
-    lambda_1 = 0        without L_u (t. 3)  no unlabeled images mixes both sets --consistency-weight
+    lambda_1 ramps from "the beginning"     end of warm-up      end of warm-up
+    lambda_1 = 0        no L_consist (t. 3) no unlabeled images mixes both sets --consistency-weight
     lambda_2            0.1                 0.1, loss times 1.5 0.15            --contrast-weight
     lambda_2 ramps up   no                  in 250 steps        in 250 steps    --contrast-ramp
     learning rate of t  (1 - t/T)^0.9       that of t + 1       that of t
@@ -89,7 +89,7 @@ class Recipe:
     crop: tuple[Count, Count] | None = (256, 512)  # height and width of random crops, pixels
     flip: bool = True  # mirror images at random
     batch_size: Count = 16  # labeled images in a step, and as many unlabeled ones
-    group_size: Count = 4  # labeled images that are mixed with as many unlabeled ones (code)
+    group_size: Count = 4  # labeled images in a group, with as many unlabeled ones (code)
     iterations: Count = 25_000  # training steps
     warmup: int = 2_500  # first steps, on labeled images only: 10 epochs (4.1) of 250 steps (code)
     lr: float = 1.2e-4  # learning rate of classifiers and projection head (Adam)
@@ -629,7 +629,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             label_u = torch.cat([label for _, _, label, _ in targets.values()])
             session.log({"confident": (label_u != 255).float().mean()})
         weights = loss_weights(recipe, iteration)
-        for k in session.micro_batches:  # groups; their gradients add up
+        for k in session.micro_batches:  # groups; their gradients are averaged
             image_l, label_l = next(batches_l)
             generator = torch.Generator(args.device).manual_seed(seed(k, "boxes, pixels"))
             contrast_fn = make_contrast(recipe, generator) if contrasting else None
