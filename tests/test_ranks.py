@@ -98,7 +98,8 @@ def test_torchrun_s_restart_goes_on_from_the_last_checkpoint(camvid, tmp_path):
     assert [entry["iteration"] for entry in losses(folder)] == list(range(10, 81, 10))
 
 
-def test_micro_batches_of_all_ranks_share_a_batch(monkeypatch):
+def test_micro_batches_of_all_ranks_share_a_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the README's first command leaves a run in the repository
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def check(*argv):
