@@ -44,6 +44,29 @@ def test_two_ranks_equal_one_that_accumulates_two_micro_batches(method, command,
     equal_to_float_tolerance(one, two)
 
 
+AVERAGED = f"""
+import os, sys
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from common import ranks
+ranks.join(SimpleNamespace(device=torch.device("cpu"), rank=int(os.environ["RANK"])))
+network = torch.nn.BatchNorm2d(3)
+network.running_mean.fill_(float(os.environ["RANK"]))
+network.running_var.mul_(1 + 2 * float(os.environ["RANK"]))
+ranks.average_statistics([network])
+values = network.running_mean.tolist(), network.running_var.tolist()
+os.write(2, "{{}} {{}}\\n".format(*values).encode())  # the ranks write at once
+ranks.leave()
+"""
+
+
+def test_batch_norm_statistics_are_averaged_over_ranks(tmp_path):
+    (tmp_path / "averaged.py").write_text(AVERAGED)
+    status, _, errors = finish(start(tmp_path / "averaged.py", ranks=2))
+    assert status == 0 and errors.count("[0.5, 0.5, 0.5] [2.0, 2.0, 2.0]") == 2
+
+
 def test_statistics_are_averaged_whenever_they_are_used(command, camvid, tmp_path, monkeypatch):
     averaged = []  # losses, too, which are single numbers
     monkeypatch.setattr(ranks, "all_mean", lambda tensor: averaged.append(tensor.clone()))
