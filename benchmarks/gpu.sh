@@ -9,6 +9,7 @@
 #     cli        each file from the command line: stopped by SIGTERM, then resumed
 #     bf16, fp32 speed of the recipes, not compiled; precision: losses of ClassMix in both
 #     camvid     the runs of camvid.sh that end in time, from data/camvid; streets: those of streets.sh
+#     graphs     as compiled, with CUDA graphs: an experiment, which runs only when it is named
 # Environment: PYTHON (default python), CAMVID (folder of CamVid, default data/camvid), ONLY (a pattern
 # of the recipes to be timed).
 set -uo pipefail
@@ -48,6 +49,7 @@ resumed() {
     kill -TERM $! && ! wait $! && "$PYTHON" "$1.py" --resume "$last" --save-every 400
 }
 compiled() { recipes; }
+graphs() { TORCHINDUCTOR_CUDAGRAPHS=1 recipes; }
 bf16() { recipes --precision bf16 --no-compile; }
 fp32() { recipes --precision fp32 --no-compile; }
 precision() {
@@ -62,9 +64,9 @@ part() { # runs part $1 for at most $2 seconds
     timeout -k 5 $(($2 * patience)) bash -c "$1" > "$out/$1.txt" 2>&1
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" $? $((SECONDS - start)) | tee -a "$out/parts.tsv"
 }
-export -f at_once recipes untimed compiled tests cli resumed bf16 fp32 precision streets camvid
+export -f at_once recipes untimed compiled graphs tests cli resumed bf16 fp32 precision streets camvid
 printf 'part\tlimit\tstatus\tseconds\n' > "$out/parts.tsv"
 part compiled 240 & part tests 100; part cli 90; wait # at most 240 s; the others 290 s
-part bf16 50; part fp32 50; part precision 25; part camvid 90; part streets 75
+part bf16 50; part fp32 50; part precision 25; part camvid 90; part streets 75; part graphs 240
 "$PYTHON" benchmarks/table.py "$out" | tee "$out/tables.md"
 awk -F '\t' 'NR > 1 && $3 { exit 1 }' "$out/parts.tsv"

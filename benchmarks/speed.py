@@ -156,6 +156,7 @@ class TimedSession(run.Session):
         kernels, waits = self._profiled()
         result = {
             **{name: vars(args)[name] for name in ("method", "dataset", "precision", "compile")},
+            "graphs": args.compile and os.environ.get("TORCHINDUCTOR_CUDAGRAPHS") == "1",
             "network": getattr(recipe, "network", "deeplab"),
             "images": args.ranks * self.drawn // (steps + 1),  # the profiled step draws, too
             "size": "{}x{}".format(*(recipe.crop or recipe.size)),

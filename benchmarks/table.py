@@ -71,8 +71,8 @@ METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
 SHORT = [row for row in STREETS if row[1] in METHODS or row[0].startswith("supervised")]
 TABLES = {"camvid": CAMVID, "streets": SHORT, "streets_rows": STREETS}
 RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parents[1] / "results"))
-SPEED = ("method", "dataset", "network", "size", "images", "precision", "compile", "ms", "TFLOP")
-SPEED += ("TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
+SPEED = ("method", "dataset", "network", "size", "images", "precision", "compile", "graphs", "ms")
+SPEED += ("TFLOP", "TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
 
 
 def read_scores(folder: Path) -> dict:
@@ -134,7 +134,7 @@ def print_speed(path: Path) -> None:
     """Prints the lines that speed.py has written."""
     print(f"\n| {' | '.join(SPEED)} |\n{'|---' * len(SPEED)}|")
     for row in read_lines(path):
-        cells = [row[name] for name in SPEED]
+        cells = [row.get(name) for name in SPEED]
         cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
         print(f"| {' | '.join(cells).replace('None', '-')} |")
 
