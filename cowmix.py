@@ -1,6 +1,6 @@
 """CowMix (French et al.; ICLR 2020 submission; arXiv:1906.01916, before it became the BMVC paper).
 
-A mean teacher predicts two clean images. The student sees a mix of the two and learns to predict
+A mean teacher labels two unlabeled images. The student sees a mix of the two and learns to predict
 the same mix of the teacher's probabilities. The mask is smooth noise, thresholded, with spots like
 those of a Friesian cow.
 
@@ -11,7 +11,8 @@ those of a Friesian cow.
     consistency_loss         squared distance (3.3), weighted by confident_fraction (D.3.4)
     mixing_loss              CowMix, CutMix: equation 2, listing 3; ICT: section 2.2
     cutout_loss              CowOut, CutOut: section 3.3, listing 2
-    random_affine, aug_loss  standard augmentation (D.1), predictions aligned by A B^-1 (D.1.1)
+    random_affine, recolor   standard augmentation (D.1)
+    aug_loss                 A B^-1 aligns the two predictions (D.1.1)
     UNet                     figure 7, table 4
 
     choice              paper            published code (1)   here          flag
@@ -31,9 +32,9 @@ those of a Friesian cow.
     evaluated           -                teacher              both; the teacher is the headline
     aug                 warps (D.1.1)    crops 16 pixels off  warps         --translation
     labeled under aug   warped (D.1.1)   unchanged            recolored and warped
-    recolored by aug    C (x + b)        -                    C x + b, kept in [0,1]
-    scales of aug       uniform (D.1)    -                    log-uniform
-    N(0, 0.1) of aug    -                -                    standard deviations
+    recolored by aug    b and C (D.1)    -                    C x + b, kept in [0,1]
+    scales of aug       -                -                    log-uniform
+    N(0, s) of aug      -                -                    s: standard deviation
     padding of crops    -                counts               loss 0, not in the confident share
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
     U-Net's decoder     -                another network      ReLU, no batch norm
@@ -43,8 +44,8 @@ those of a Friesian cow.
 (1) Written for a later paper: no cow masks, another U-Net. (2) 3e-6 for the backbone, 3e-5 for the
 classifiers. The optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes
 close. (3) This matters only with --weights none, as loaded batch norm is frozen. The teacher then
-averages the statistics, too. (4) streets: mirrored; --preset small: both. We corrected the
-listings: variable names, xb in place of yb in listing 3, and max(dim=1).values.
+averages the statistics, too. (4) streets: mirrored; --preset small: both. The listings have wrong
+names, yb for xb in listing 3, and max(dim=1) without .values; this file corrects them.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -74,7 +75,7 @@ from common.flags import Count, Positive, Share
 Perturbation = Literal["cowmix", "cowout", "cutmix", "cutout", "ict", "aug"]
 MIXING = ("cowmix", "cutmix", "ict")  # the perturbations that mix two images
 CAMVID = 367  # training images (4.2); one epoch at batch size 1
-# On CamVid (table 1); longer training of aug and cutmix failed.
+# On CamVid (table 1); aug and cutmix failed to converge in longer training.
 EPOCHS = {"cowmix": 300, "cowout": 300, "cutout": 300, "ict": 300, "aug": 50, "cutmix": 100}
 
 
@@ -97,7 +98,7 @@ class Recipe:
     consistency_weight: float = 10.0  # factor of the unlabeled loss (4.1, figure 10)
     confidence_threshold: Share = 0.97  # a pixel above this confidence counts (listings 2, 3)
     sigma_range: tuple[Positive, Positive] = (4.0, 16.0)  # blur of cow masks, pixels (4.2)
-    p_range: tuple[Share, Share] = (0.5, 0.5)  # range of p (4.2): share of 0, or area of a box
+    p_range: tuple[Share, Share] = (0.5, 0.5)  # p (4.2): share of 0 in cow masks, area of boxes
     ict_alpha: Positive = 0.1  # ICT blends by Beta(alpha, alpha) (code)
     color_jitter: bool = False  # jitter colours of the student's unlabeled images (code: yes)
     flip_probability: Share = 0.5  # share of mirrored images in aug (code)
@@ -111,7 +112,7 @@ class Recipe:
     aspp_rates: tuple[Count, ...] = (6, 12, 18, 24)  # dilations of deeplab's classifiers
 
 
-CITYSCAPES = replace(Recipe(), size=(512, 1024), iterations=100_000, sigma_range=(8.0, 32.0))
+CITYSCAPES = Recipe(size=(512, 1024), iterations=100_000, sigma_range=(8.0, 32.0))
 DEEPLAB = {"network": "deeplab", "lr": 1e-5, "layers": (3, 4, 23, 3)}  # (D.3.2)
 # Crop and batch size of DeepLab on VOC (D.3.2); steps of the published code.
 CROPS = {"size": None, "crop": (321, 321), "batch_size": 10, "iterations": 40_000}
@@ -119,7 +120,8 @@ VOC = replace(CITYSCAPES, **CROPS)
 SMALL = {"size": (64, 128), "width": 16, "layers": (1, 1, 1, 1), "aspp_rates": (1, 2)}
 STREETS = Recipe(network="deeplab", flip=True, batch_size=4, lr=6e-3, lr_power=0.9, **SMALL)
 SCALED = {"size": (180, 240), "crop": (120, 160), "scale_range": (0.75, 1.5)}
-# The paper trains on camvid (U-Net), cityscapes and voc. bdd100k is as cityscapes, folder as voc.
+# The paper trains on camvid (U-Net), cityscapes and voc. bdd100k is as cityscapes. folder is as voc
+# with the U-Net. The numbers of streets and small are ours.
 RECIPES = {
     "camvid": Recipe(),
     "cityscapes": CITYSCAPES,
@@ -129,21 +131,22 @@ RECIPES = {
     "streets": replace(STREETS, iterations=1_600),
     "small": replace(STREETS, iterations=4_000, **SCALED),  # --preset small
 }
-PAIRS = {"batch_size": 2, "iterations": 40_000, **DEEPLAB}  # (D.3.2; steps: code, for VOC)
-UNET = {name: getattr(Recipe(), name) for name in DEEPLAB}
-# What a data set's recipe changes for the other network.
-OTHER_NETWORK = {"camvid": DEEPLAB, "folder": DEEPLAB, "cityscapes": PAIRS, "bdd100k": PAIRS}
-OTHER_NETWORK |= {"voc": UNET, "streets": {"network": "unet"}, "small": {"network": "unet"}}
+CITYSCAPES_DEEPLAB = {"batch_size": 2, "iterations": 40_000, **DEEPLAB}  # (D.3.2; steps: code)
+UNET = {"network": "unet", "lr": 1e-4, "layers": (3, 4, 6, 3)}  # (D.3.1)
+# Changes to a data set's recipe if --network names the other network.
+OTHER_NETWORK = {"camvid": DEEPLAB, "folder": DEEPLAB, "voc": UNET}
+OTHER_NETWORK |= {"cityscapes": CITYSCAPES_DEEPLAB, "bdd100k": CITYSCAPES_DEEPLAB}
+OTHER_NETWORK |= {"streets": {"network": "unet"}, "small": {"network": "unet"}}
 
 
 def preset(name: str, given: dict) -> Recipe:
-    """Returns the recipe of this name for the network and the perturbation among the flags."""
+    """Returns the named recipe, changed for --network and --perturbation if given."""
     recipe = RECIPES[name]
     if given.get("network", recipe.network) != recipe.network:
         recipe = replace(recipe, **OTHER_NETWORK[name])
     perturbation = given.get("perturbation", "cowmix")
     if perturbation != "cowmix":
-        recipe = replace(recipe, perturbation=perturbation, p_range=(0.0, 1.0))  # (4.2, 3.3)
+        recipe = replace(recipe, perturbation=perturbation, p_range=(0.0, 1.0))  # (CowOut: 4.2)
         if name == "camvid":
             recipe = replace(recipe, iterations=EPOCHS[perturbation] * CAMVID)
     return recipe
@@ -197,8 +200,9 @@ def cow_mask(
 ) -> Tensor:
     """Smoothed noise above T = sqrt(2) erfinv(2p - 1) S_sigma + S_mu (3.4, listing 1).
 
-    -> (B,*size) bool. p, uniform in p_range, is the expected share of False. Unless given, noise
-    (B,*size) is normal and sigma (B,), pixels, at most sigma_range[1], is log-uniform.
+    Returns bool (batch,*size). p, uniform in p_range, is the expected share of False. Unless given,
+    noise (batch,*size) is normal. sigma (batch,), pixels, is log-uniform in sigma_range, or given
+    and at most sigma_range[1].
     """
     if sigma is None:
         uniform = torch.rand(batch, generator=generator, device=device)
@@ -220,7 +224,7 @@ def box_mask(batch: int, size, *, p_range=(0.5, 0.5), generator=None, device=Non
 
     Its share p of the area is uniform in p_range. Its height is p^u of the image's and its width
     p^(1-u), u uniform in [0,1]. Sizes and places are rounded, as in the published code. The paper
-    says only that the box is random.
+    draws all four numbers of the box and does not say how.
     """
     height, width = size
     uniform = torch.rand(4, batch, 1, 1, generator=generator, device=device)
@@ -247,7 +251,7 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Ten
 
 
 def consistency_loss(logits: Tensor, prob: Tensor, fraction: Tensor, valid: Tensor) -> Tensor:
-    """Squared distance of probabilities times fraction: (B,K,H,W) twice, (), (B,H,W) -> scalar.
+    """Squared distance times fraction (3.3): float (B,K,H,W) twice, (), bool (B,H,W) -> scalar.
 
     The mean is over batch, classes and pixels, as in the listings; where valid is False the square
     is 0. fraction, the teacher's confident share, replaces a ramp-up (D.3.4).
@@ -262,10 +266,10 @@ def confident_fraction(prob: Tensor, threshold: float, valid: Tensor) -> Tensor:
 
 
 def mixing_loss(student, teacher, image_a, image_b, combine, valid, *, threshold, shown=None):
-    """Equation 2 as in listing 3: (B,3,H,W) twice, (B,H,W) bool -> scalar, details.
+    """Equation 2 as in listing 3: (B,3,H,W) twice, bool (B,H,W) -> scalar, details.
 
-    combine is the paper's mix(a, b, M); it mixes images and probabilities. Padding is not valid.
-    shown replaces both images for the student, for example by recolored ones.
+    combine(a, b) is the paper's mix(a, b, M), for images and probabilities. valid is False in
+    padding. shown is the pair that the student gets instead, for example recolored.
     """
     with torch.no_grad():
         prob_a = teacher(image_a).float().softmax(1)  # (line 4)
@@ -280,10 +284,10 @@ def mixing_loss(student, teacher, image_a, image_b, combine, valid, *, threshold
 
 
 def cutout_loss(student, teacher, image, mask, fill, valid, *, threshold, shown=None):
-    """Section 3.3 as in listing 2: (B,3,H,W), (B,H,W) bool twice -> scalar, details.
+    """Section 3.3 as in listing 2: (B,3,H,W), bool (B,H,W) twice -> scalar, details.
 
     Where the mask is False the student sees fill (3,1,1), the mean colour, which normalises to 0.
-    shown replaces the image for the student.
+    shown is the image that the student gets instead, for example recolored.
     """
     with torch.no_grad():
         prob = teacher(image).float().softmax(1)  # (line 4)
@@ -300,7 +304,8 @@ def random_affine(
 ) -> Tensor:
     """Mirroring (with probability flip), scaling, rotation and translation of D.1: (B,3,3).
 
-    The matrices map points (x, y, 1), in pixels from the image's centre. rotation is in degrees.
+    The matrices map points (x, y, 1), in pixels from the image's centre. translation, in pixels,
+    and rotation, in degrees, are the largest ones either way.
     """
     uniform = torch.rand(5, batch, generator=generator, device=device)
     mirror = 1 - 2 * (uniform[0] < flip).float()
@@ -308,21 +313,21 @@ def random_affine(
     angle = math.radians(rotation) * (2 * uniform[2] - 1)
     x, y = translation * (2 * uniform[3:] - 1)
     zero, cosine, sine = torch.zeros_like(x), scale * angle.cos(), scale * angle.sin()
-    rows = (cosine * mirror, -sine, x, sine * mirror, cosine, y, zero, zero, zero + 1)
-    return torch.stack(rows, 1).view(batch, 3, 3)
+    entries = (cosine * mirror, -sine, x, sine * mirror, cosine, y, zero, zero, zero + 1)
+    return torch.stack(entries, 1).view(batch, 3, 3)  # row by row
 
 
 def warp_grid(matrix: Tensor, size: tuple) -> Tensor:
-    """Where each pixel of a warped image comes from: (B,3,3) of random_affine -> (B,*size,2).
+    """Where each pixel of a warped image comes from: (B,3,3) of random_affine -> (B,*size,2), x, y.
 
     The coordinates are grid_sample's (align_corners=False): outside [-1, 1] is outside the image.
     """
     inverse = torch.linalg.inv_ex(matrix)[0]  # inv would wait for the device
-    y, x = (torch.arange(n, device=matrix.device) + 0.5 - n / 2 for n in size)
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    place = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1)
-    x, y, _ = (place @ inverse.transpose(1, 2)).unflatten(1, tuple(size)).unbind(-1)
-    return torch.stack([x * 2 / size[1], y * 2 / size[0]], -1)
+    rows, columns = (torch.arange(n, device=matrix.device) + 0.5 - n / 2 for n in size)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")  # pixels from the centre
+    place = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1)  # (H*W,3)
+    source = (place @ inverse.transpose(1, 2)).unflatten(1, tuple(size))  # (B,H,W,3)
+    return torch.stack([source[..., 0] * 2 / size[1], source[..., 1] * 2 / size[0]], -1)
 
 
 def warp(image: Tensor, grid: Tensor, fill: Tensor) -> Tensor:
@@ -344,10 +349,11 @@ def recolor(image: Tensor, *, brightness: float, contrast: float, generator=None
 
 
 def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, *, threshold):
-    """Section D.1.1: (B,3,H,W), (B,3,3) twice, (B,H,W) bool -> scalar, details.
+    """Section D.1.1: (B,3,H,W), (B,3,3) twice, (3,1,1), bool (B,H,W) -> scalar, details.
 
-    The student sees the image warped by A, the teacher by B. A B^-1 brings the teacher's
-    predictions into the student's frame. Only pixels that both see count.
+    color(image) recolors anew at each call. The student sees the image warped by A, the teacher by
+    B. A B^-1 brings the teacher's predictions into the student's frame. Only pixels that both see
+    count.
     """
     size = image.shape[-2:]
     with torch.no_grad():
@@ -356,7 +362,7 @@ def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, *,
         grid = warp_grid(matrix_a @ torch.linalg.inv_ex(matrix_b)[0], size)
         prob = F.grid_sample(prob_b, grid, padding_mode="border", align_corners=False)
         image_a = warp(color(image), grid_a, fill)
-        mask = (grid.abs() <= 1).all(-1) & (warp_label(255 * (~valid).long(), grid_a) == 0)
+        mask = (grid.abs() <= 1).all(-1) & (warp_label(torch.where(valid, 0, 255), grid_a) == 0)
         fraction = confident_fraction(prob, threshold, mask)
     logits = student(image_a)
     details = {"seen": image_a, "pseudo_label": prob.argmax(1), "prediction": logits.detach()}
@@ -379,15 +385,15 @@ class UNet(SegmentationResNet):
     def __init__(self, num_classes: int, *, layers=(3, 4, 6, 3), width=64, batch_norm="frozen"):
         super().__init__(layers, width, batch_norm, (1, 2, 2, 2), (1, 1, 1, 1), caffe=False)
         channels = [max(1, c * width // 64) for c in (192, 128, 96, 64, 48, 32)]
-        skips = (16 * width, 8 * width, 4 * width, 0, 0)  # conv4_x, conv3_x, conv2_x
+        joined = (16 * width, 8 * width, 4 * width, 0, 0)  # channels of conv4_x, conv3_x, conv2_x
         self.decoder = nn.ModuleList([nn.Conv2d(32 * width, channels[0], 3, padding=1)])
-        for skip, wide, narrow in zip(skips, channels[:-1], channels[1:], strict=True):
+        for skip, wide, narrow in zip(joined, channels[:-1], channels[1:], strict=True):
             self.decoder.append(nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1))
             self.decoder.append(nn.Conv2d(narrow + skip, narrow, 3, padding=1))
         self.feature_channels = channels[-1]
         self.classifier = nn.Conv2d(self.feature_channels, num_classes, 1)
         self.initialize(train_affine=True)
-        nn.init.normal_(self.classifier.weight, std=0.01)  # as DeepLabV2's
+        nn.init.normal_(self.classifier.weight, std=0.01)  # as in DeepLabV2
 
     def features(self, image: Tensor) -> Tensor:
         """RGB in [0,1], (B,3,H,W) -> (B,feature_channels,H,W); normalises first."""
@@ -418,7 +424,7 @@ def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> Segmentati
 
 
 def draw_mask(recipe: Recipe, batch: int, size: tuple, generator: torch.Generator) -> Tensor:
-    """The masks of a perturbation, cow spots or boxes: (B,*size) bool."""
+    """Masks of the recipe's perturbation, cow spots or boxes: bool (batch,*size)."""
     draw = box_mask
     if recipe.perturbation in ("cowmix", "cowout"):
         draw = partial(cow_mask, sigma_range=recipe.sigma_range)
@@ -427,7 +433,7 @@ def draw_mask(recipe: Recipe, batch: int, size: tuple, generator: torch.Generato
 
 
 def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Tensor, Callable]:
-    """Standard augmentation: a matrix for each image (B,3,3), and a function that recolors."""
+    """Standard augmentation (D.1): matrices (batch,3,3), and recolor, which draws at each call."""
     matrix = random_affine(
         batch,
         flip=recipe.flip_probability,
@@ -442,16 +448,16 @@ def draw_aug(recipe: Recipe, batch: int, generator: torch.Generator) -> tuple[Te
 
 
 def jitter(seed: int, image: Tensor) -> Tensor:
-    """Changes the colours of each image as the published code does: (B,3,H,W) in [0,1] -> same."""
-    change = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
-    change = v2.Compose([change, v2.RandomGrayscale(0.2)])
+    """Jitters each image with the published code's numbers: float (B,3,H,W) in [0,1] -> same."""
+    colors = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+    change = v2.Compose([colors, v2.RandomGrayscale(0.2)])
     return seeded(lambda: torch.stack([change(single) for single in image]), seed)
 
 
 def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *, seed: Callable):
-    """Loss and details of the recipe's perturbation. seed(purpose) seeds what it draws.
+    """Loss and details of the recipe's perturbation. seed(purpose) is the seed of a draw.
 
-    a and b are pairs: image (B,3,H,W), padding mask (B,H,W), 255 where padded.
+    a and b hold an image (B,3,H,W) and a padding mask, int64 (B,H,W): 255 where padded, else 0.
     """
     (image_a, padding_a), (image_b, padding_b) = a, b
     valid_a, valid_b = padding_a != 255, padding_b != 255
@@ -461,15 +467,15 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     if kind == "aug":
         matrix_a, color = draw_aug(recipe, batch, generator)
         matrix_b, _ = draw_aug(recipe, batch, generator)  # color draws anew at each call
-        views = image_a, matrix_a, matrix_b, color
-        return aug_loss(student, teacher, *views, fill, valid_a, threshold=threshold)
+        given = image_a, matrix_a, matrix_b, color, fill, valid_a
+        return aug_loss(student, teacher, *given, threshold=threshold)
     shown = image_a, image_b
     if recipe.color_jitter:
         shown = jitter(seed("color"), torch.cat(shown)).chunk(2)
     if kind in ("cowout", "cutout"):
         mask = draw_mask(recipe, batch, size, generator)
-        cut = image_a, mask, fill, valid_a
-        loss, details = cutout_loss(student, teacher, *cut, threshold=threshold, shown=shown[0])
+        given = image_a, mask, fill, valid_a
+        loss, details = cutout_loss(student, teacher, *given, threshold=threshold, shown=shown[0])
         return loss, {"mask": mask, **details}
     if kind == "ict":
         beta = np.random.default_rng(seed("perturbation")).beta
@@ -480,12 +486,11 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
         mask = draw_mask(recipe, batch, size, generator)
         drawn, valid = {"mask_b": mask}, mix(mask, valid_b, valid_a)
 
-        def combine(a: Tensor, b: Tensor) -> Tensor:
-            """The paper's mix(a, b, M) = (1 - M) a + M b (3.3)."""
-            return mix(mask, b, a)
+        def combine(x: Tensor, y: Tensor) -> Tensor:
+            return mix(mask, y, x)  # (1 - M) x + M y (3.3)
 
-    pair = image_a, image_b, combine, valid
-    loss, details = mixing_loss(student, teacher, *pair, threshold=threshold, shown=shown)
+    given = image_a, image_b, combine, valid
+    loss, details = mixing_loss(student, teacher, *given, threshold=threshold, shown=shown)
     return loss, {**drawn, **details}
 
 
@@ -514,8 +519,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     session = make_session(recipe, args, data, (labeled, unlabeled), state, headline="teacher")
     start = session.restore()
-    mean, scales = student.mean, recipe.scale_range
-    transform = scale_crop_flip(scale_range=scales, crop=recipe.crop, flip=recipe.flip, mean=mean)
+    fill, scales = student.mean, recipe.scale_range
+    transform = scale_crop_flip(scale_range=scales, crop=recipe.crop, flip=recipe.flip, mean=fill)
     batches_l = session.batches(labeled, transform, stream=0, start=start)
     batches_a = session.batches(unlabeled, partial(without_label, transform), stream=1, start=start)
     batches_b = session.batches(unlabeled, partial(without_label, transform), stream=2, start=start)
@@ -529,7 +534,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
                 generator = torch.Generator(args.device).manual_seed(seed("labeled"))
                 matrix, color = draw_aug(recipe, len(image_l), generator)
                 grid = warp_grid(matrix, image_l.shape[2:])
-                image_l, label_l = warp(color(image_l), grid, mean), warp_label(label_l, grid)
+                image_l, label_l = warp(color(image_l), grid, fill), warp_label(label_l, grid)
             logits_l = student(image_l)
             loss_l = cross_entropy(logits_l, label_l)
             (loss_l / args.accumulate).backward()
@@ -538,8 +543,8 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
             if args.supervised:
                 continue
             a = next(batches_a)
-            b = next(batches_b) if recipe.perturbation in MIXING else a  # else not used
-            loss_u, details = unlabeled_loss(recipe, student, teacher, mean, a, b, seed=seed)
+            b = next(batches_b) if recipe.perturbation in MIXING else a  # the others ignore b
+            loss_u, details = unlabeled_loss(recipe, student, teacher, fill, a, b, seed=seed)
             (recipe.consistency_weight * loss_u / args.accumulate).backward()
             session.log({"loss_u": loss_u, "confident": details.pop("confident")})
             pictures = {"labeled": image_l, "truth": label_l, "unlabeled": a[0], **details}
