@@ -213,10 +213,10 @@ def cow_mask(
         noise = torch.randn(batch, *size, generator=generator, device=device)
     rows = gaussian_matrix(size[0], sigma, sigma_range[1])
     columns = gaussian_matrix(size[1], sigma, sigma_range[1])
-    smooth = rows @ noise @ columns  # the matrices are symmetric
+    smooth = rows @ noise @ columns  # Ns of the listing; the matrices are symmetric
     mean = smooth.mean((1, 2), keepdim=True)
     deviation = (smooth - mean).square().mean((1, 2), keepdim=True).sqrt()  # std is slow on a CPU
-    return smooth > torch.erfinv(2 * p - 1) * 2**0.5 * deviation + mean
+    return smooth > torch.erfinv(2 * p - 1) * 2**0.5 * deviation + mean  # Ns > t
 
 
 def box_mask(batch: int, size, *, p_range=(0.5, 0.5), generator=None, device=None) -> Tensor:
