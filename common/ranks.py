@@ -2,7 +2,6 @@
 
 import io
 import os
-import signal
 import sys
 import zlib
 from datetime import timedelta
@@ -15,7 +14,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from common import InputError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NUMBER = torch.zeros((), dtype=torch.int64)  # never freed: torch 2.5 may hang when it frees this
 
 

@@ -21,8 +21,8 @@ from common import InputError, cache, evaluation, interrupt, pictures, ranks
 from common.datasets import Data, MicroBatches, check_classes, endless, waiting
 from common.deeplab import unsound
 from common.flags import commit, parse_args
-from common.ranks import SIGNALS, all_max
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAVE_AFTER = 300  # seconds between checkpoints where --save-every is not given
 PATIENCE = 5  # seconds that a run waits for data after a signal
 ALARM = getattr(signal, "SIGALRM", signal.SIGINT)  # Windows has none
@@ -121,7 +121,7 @@ class Session:
             self.scoring = checkpoint.get("scoring", 0.0)
         if self.first:
             self._open_folder()
-        if all_max(self.start) != self.start:
+        if ranks.all_max(self.start) != self.start:
             raise InputError("--resume: ranks found different checkpoints; share the folder")
         if self.first and not self.start and self.args.dataset != "streets":
             check_classes(self.data.train, self.split[0], self.data.class_names)
@@ -147,7 +147,7 @@ class Session:
         """Logs, evaluates and saves when it is time to. Leaves after a signal."""
         done, last = iteration + 1, self.recipe.iterations
         late = not self.save_every and time.perf_counter() - self.saved > SAVE_AFTER
-        number = all_max(self.signal or int(late and self.first))  # 1: no signal, but time to save
+        number = ranks.all_max(self.signal or int(late and self.first))  # 1: only time to save
         evaluating = done % self.eval_every == 0 or done == last
         logging = evaluating or done % self.log_every == 0
         saving = evaluating or number or (self.save_every and done % self.save_every == 0)

@@ -11,7 +11,7 @@ import torch
 from conftest import METHODS, ROOT, children, finish, problems, read_log, read_state, start, tiny
 
 import classmix
-from common import InputError, flags, ranks, run
+from common import InputError, flags, ranks
 
 
 def losses(folder: Path) -> list[dict]:
@@ -142,6 +142,6 @@ def test_one_line_where_torchrun_s_variables_are_missing(command, camvid, tmp_pa
 
 
 def test_ranks_that_found_different_checkpoints_are_refused(command, camvid, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "all_max", lambda number: 3)  # another rank's first iteration
+    monkeypatch.setattr(ranks, "all_max", lambda number: 3)  # another rank's first iteration
     status, _, errors = command("classmix", *tiny("classmix", camvid), "--output-dir", tmp_path)
     assert status == 2 and errors.count("\n") == 1 and "ranks found different checkpoints" in errors
