@@ -32,9 +32,10 @@ recipes() { # prepares all recipes at once; then they take turns to be timed
         $speed cowmix $* $tiny --dataset camvid
         $speed cowmix $* $crop --dataset voc
         $speed c3semiseg $* $tiny ${jobs:+--crop 32 64 --batch-size 4 --per-class 4} --dataset cityscapes
+        $speed c3semiseg $* $tiny ${jobs:+--crop 32 64 --batch-size 4 --per-class 4} --dataset cityscapes --group-size 16
         $speed --data classmix $* $tiny --dataset streets"
     [ -d "$camvid" ] && lines+=$'\n'"$speed --data classmix $* $tiny --dataset camvid --data-dir '$camvid'"
-    grep -E "${ONLY:-.}" <<< "$lines" | at_once 7
+    grep -E "${ONLY:-.}" <<< "$lines" | at_once 8
 }
 untimed() { exec 9> "$out/turn" && flock --shared 9; } # until this part ends, nothing is timed
 tests() {

@@ -158,6 +158,7 @@ class TimedSession(run.Session):
             **{name: vars(args)[name] for name in ("method", "dataset", "precision", "compile")},
             "graphs": args.compile and os.environ.get("TORCHINDUCTOR_CUDAGRAPHS") == "1",
             "network": getattr(recipe, "network", "deeplab"),
+            "group": getattr(recipe, "group_size", None),
             "images": args.ranks * self.drawn // (steps + 1),  # the profiled step draws, too
             "size": "{}x{}".format(*(recipe.crop or recipe.size)),
             "device": torch.cuda.get_device_name() if self.cuda else "cpu",

@@ -71,8 +71,8 @@ METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
 SHORT = [row for row in STREETS if row[1] in METHODS or row[0].startswith("supervised")]
 TABLES = {"camvid": CAMVID, "streets": SHORT, "streets_rows": STREETS}
 RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parents[1] / "results"))
-SPEED = ("method", "dataset", "network", "size", "images", "precision", "compile", "graphs", "ms")
-SPEED += ("TFLOP", "TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
+SPEED = ("method", "dataset", "network", "size", "images", "group", "precision", "compile")
+SPEED += ("graphs", "ms", "TFLOP", "TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
 
 
 def read_scores(folder: Path) -> dict:
