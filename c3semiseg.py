@@ -25,7 +25,7 @@ of pixels of both sets are pulled together within a class and pushed apart betwe
     mean (eq. 1, 2)     over each image     over a group        over a group
     labeled keys, eq. 5 the teacher's       the student's       the student's
     keys are detached   -                   unless labeled only as the code
-    logits in D_U       -                   nearest pixel       bilinear
+    logits, D_U alone   -                   nearest pixel       bilinear
     P_i contains i      -                   no                  no
     mixed, contrasted   the batch           a GPU's 4 + 4       a group (4)     --group-size
     few of a class      -                   20 or fewer: none   as the code
@@ -49,9 +49,9 @@ of pixels of both sets are pulled together within a class and pushed apart betwe
     scored              -                   best student        last student
 
 (1) It cannot run as published. (2) Its optimizer steps most of the backbone three times. (3) With
---weights none it is trained, and both networks use the statistics of each batch. (4) In a group of
-4 + 4 images with more than 32 classes, 256 pools of an image and a class are drawn. (5) The first
-and the last place are half as likely as the others.
+--weights none it is trained, and both networks use the statistics of each batch. (4) At most 256
+pools of an image and a class: 4 + 4 images have more with over 32 classes, 16 + 16 with over 8.
+(5) The first and the last place are half as likely as the others.
 
     python c3semiseg.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 
@@ -89,7 +89,7 @@ class Recipe:
     crop: tuple[Count, Count] | None = (256, 512)  # height and width of random crops, pixels
     flip: bool = True  # mirror images at random
     batch_size: Count = 16  # labeled images in a step, and as many unlabeled ones
-    group_size: Count = 4  # most labeled images in a group, with as many unlabeled ones (code)
+    group_size: Count = 4  # labeled images in a group at most, with as many unlabeled ones (code)
     iterations: Count = 25_000  # training steps
     warmup: int = 2_500  # first steps, on labeled images only: 10 epochs (4.1) of 250 steps (code)
     lr: float = 1.2e-4  # learning rate of classifiers and projection head (Adam)
@@ -98,7 +98,7 @@ class Recipe:
     ema_decay: Share = 0.99  # alpha, decay of the teacher
     ema_warm_start: bool = False  # at update k the decay is at most 1 - 1 / (4k + 5) (code: yes)
     mixing: Literal["cross", "intra", "none"] = "cross"  # sets that CutMix mixes (table 6)
-    teacher_view: View = "weak"  # the teacher's colours, table 5: weak W, jitter S, strong S+R
+    teacher_view: View = "weak"  # the teacher's colours (table 5: W weak, S jitter, S+R strong)
     student_view: View = "strong"  # colours of the student's unlabeled images, in the same words
     jitter: float = 0.5  # jitter of brightness, contrast and saturation (code)
     hue: Annotated[float, 0.0, 0.5] = 0.25  # jitter of hue, in turns (code)
@@ -321,7 +321,7 @@ def contrast_loss(
 
 
 class ConfidentRegions(nn.Module):
-    """A threshold in [0,1] for each class: a moving average of its quantile (3.4)."""
+    """A confidence threshold for each class: a moving average of a quantile (3.4)."""
 
     def __init__(self, num_classes: int, keep=0.8, momentum=0.9, initial=0.9):
         super().__init__()
@@ -377,7 +377,7 @@ def draw_pairs(mixing: str, n: int, size: tuple, generator: torch.Generator):
 
 
 def warmup_loss(student: nn.Module, image: Tensor, label: Tensor, *, contrast_fn=None):
-    """Terms of equation 7 for (B,3,H,W) and int64 (B,H,W) alone (section 4.1), and details."""
+    """Terms of equation 7 for labeled images (4.1): (B,3,H,W), int64 (B,H,W); and details."""
     logits, embedding = student(image)
     terms = {"loss_l": supervised_loss(logits, label)}
     if contrast_fn is not None:
@@ -462,7 +462,7 @@ def draw_operations(recipe: Recipe) -> list[tuple[str, float]]:
 
 
 def draw_changes(recipe: Recipe, view: str, count: int) -> list[list[tuple]]:
-    """Draws, for each image, a list of functions and their numbers: jitter, then RandAugment."""
+    """Draws functions and numbers for each image: jitter in random order, then RandAugment."""
     jitter = v2.ColorJitter(recipe.jitter, recipe.jitter, recipe.jitter, recipe.hue)
     ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue  # JITTER's order
     changes = []
@@ -505,7 +505,7 @@ class Network(DeepLabV2):
         return self.classify(features, image.shape[2:]), embedding
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, **options):
-        """A strict load without a projection head drops it: finished runs have none (3.5)."""
+        """Drops its projection head if the state has none, as after a finished run (3.5)."""
         if strict and not any(name.startswith("projection.") for name in state_dict):
             self.projection = None
         return super().load_state_dict(state_dict, strict, **options)
@@ -525,7 +525,7 @@ def network(recipe: Recipe, num_classes: int, *, pretrained: bool) -> Network:
 
 
 def make_contrast(recipe: Recipe, generator: torch.Generator):
-    """Returns contrast_loss with the recipe's options, for c3_loss."""
+    """Returns contrast_loss with the recipe's options."""
     return partial(
         contrast_loss,
         temperature=recipe.temperature,
@@ -619,7 +619,7 @@ def train(recipe: Recipe, args: argparse.Namespace, make_session=run.Session) ->
     teacher = run.prepare(teacher, args, train=False)
     for iteration in range(start, recipe.iterations):
         semi = not args.supervised and iteration >= recipe.warmup
-        # The last copy is just before the first labels; then the teacher keeps its own statistics.
+        # Once the teacher labels images, it keeps its own batch-norm statistics.
         buffers = "copy" if args.supervised or iteration <= recipe.warmup else "keep"
         update_teacher(teacher, student, decay=teacher_decay(recipe, iteration), buffers=buffers)
         seed = partial(ranks.step_seed, args.seed, iteration)

@@ -32,9 +32,9 @@ those of a Friesian cow.
     evaluated           -                teacher              both; the teacher is the headline
     aug                 warps (D.1.1)    crops 16 pixels off  warps         --translation
     labeled under aug   warped (D.1.1)   unchanged            recolored and warped
-    recolored by aug    b and C (D.1)    -                    C x + b, kept in [0,1]
-    scales of aug       -                -                    log-uniform
-    N(0, s) of aug      -                -                    s: standard deviation
+    recolored by aug    + b, times C     -                    C x + b, kept in [0,1]
+    scales of aug       a range (D.1)    -                    log-uniform
+    0.1 in N(0, 0.1)    -                -                    standard deviation
     padding of crops    -                counts               loss 0, not in the confident share
     U-Net on VOC        batch size 1     -                    as DeepLab    --batch-size
     U-Net's decoder     -                another network      ReLU, no batch norm
@@ -44,8 +44,8 @@ those of a Friesian cow.
 (1) Written for a later paper: no cow masks, another U-Net. (2) 3e-6 for the backbone, 3e-5 for the
 classifiers. The optimizer steps most of the backbone three times: --lr 9e-6 --head-factor 3.3 comes
 close. (3) This matters only with --weights none, as loaded batch norm is frozen. The teacher then
-averages the statistics, too. (4) streets: mirrored; --preset small: both. The listings have wrong
-names, yb for xb in listing 3, and max(dim=1) without .values; this file corrects them.
+averages the statistics, too. (4) streets: mirrored; --preset small: both. We corrected slips of
+the listings: names (yb for xb in listing 3) and max(dim=1) without .values.
 
     python cowmix.py --dataset camvid --data-dir CamVid --labeled 30
     python cowmix.py --dataset cityscapes --network deeplab --labeled 0.125 --perturbation cutmix
@@ -120,8 +120,8 @@ VOC = replace(CITYSCAPES, **CROPS)
 SMALL = {"size": (64, 128), "width": 16, "layers": (1, 1, 1, 1), "aspp_rates": (1, 2)}
 STREETS = Recipe(network="deeplab", flip=True, batch_size=4, lr=6e-3, lr_power=0.9, **SMALL)
 SCALED = {"size": (180, 240), "crop": (120, 160), "scale_range": (0.75, 1.5)}
-# The paper trains on camvid (U-Net), cityscapes and voc. bdd100k is as cityscapes. folder is as voc
-# with the U-Net. The numbers of streets and small are ours.
+# The paper trains on camvid (U-Net), cityscapes and voc. bdd100k is as cityscapes but for its size,
+# and folder as voc with the U-Net. The numbers of streets and small are ours.
 RECIPES = {
     "camvid": Recipe(),
     "cityscapes": CITYSCAPES,
@@ -146,7 +146,8 @@ def preset(name: str, given: dict) -> Recipe:
         recipe = replace(recipe, **OTHER_NETWORK[name])
     perturbation = given.get("perturbation", "cowmix")
     if perturbation != "cowmix":
-        recipe = replace(recipe, perturbation=perturbation, p_range=(0.0, 1.0))  # (CowOut: 4.2)
+        # Any share p: CowOut (4.2), boxes (3.3).
+        recipe = replace(recipe, perturbation=perturbation, p_range=(0.0, 1.0))
         if name == "camvid":
             recipe = replace(recipe, iterations=EPOCHS[perturbation] * CAMVID)
     return recipe
@@ -251,7 +252,7 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Ten
 
 
 def consistency_loss(logits: Tensor, prob: Tensor, fraction: Tensor, valid: Tensor) -> Tensor:
-    """Squared distance times fraction (3.3): float (B,K,H,W) twice, (), bool (B,H,W) -> scalar.
+    """Squared distance (3.3) times fraction: float (B,K,H,W) twice, (), bool (B,H,W) -> scalar.
 
     The mean is over batch, classes and pixels, as in the listings; where valid is False the square
     is 0. fraction, the teacher's confident share, replaces a ramp-up (D.3.4).

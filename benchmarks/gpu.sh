@@ -3,13 +3,15 @@
 #     benchmarks/gpu.sh OUT [--dry] [PART...]
 # OUT gets each part's output (PART.txt), run folders, speed.jsonl, and limit, exit status and seconds
 # of the parts (parts.tsv). A part that fails or takes too long does not stop the next. --dry runs
-# tiny sizes, on a CPU too. The parts, in order of worth (default: all):
+# tiny sizes, on a CPU too. The parts, in order of worth (default: these):
 #     compiled   speed of the recipes in bf16, compiled; it compiles while the next two parts run
 #     tests      the tests marked cuda
 #     cli        each file from the command line: stopped by SIGTERM, then resumed
 #     bf16, fp32 speed of the recipes, not compiled; precision: losses of ClassMix in both
 #     camvid     the runs of camvid.sh that end in time, from data/camvid; streets: those of streets.sh
-#     graphs     as compiled, with CUDA graphs: an experiment, which runs only when it is named
+# and, only when they are named, experiments:
+#     graphs     as compiled, with CUDA graphs
+#     one_group  C3-SemiSeg with all images in one group: fewer kernels, but another loss
 # Environment: PYTHON (default python), CAMVID (folder of CamVid, default data/camvid), ONLY (a pattern
 # of the recipes to be timed).
 set -uo pipefail
@@ -32,10 +34,9 @@ recipes() { # prepares all recipes at once; then they take turns to be timed
         $speed cowmix $* $tiny --dataset camvid
         $speed cowmix $* $crop --dataset voc
         $speed c3semiseg $* $tiny ${jobs:+--crop 32 64 --batch-size 4 --per-class 4} --dataset cityscapes
-        $speed c3semiseg $* $tiny ${jobs:+--crop 32 64 --batch-size 4 --per-class 4} --dataset cityscapes --group-size 16
         $speed --data classmix $* $tiny --dataset streets"
     [ -d "$camvid" ] && lines+=$'\n'"$speed --data classmix $* $tiny --dataset camvid --data-dir '$camvid'"
-    grep -E "${ONLY:-.}" <<< "$lines" | at_once 8
+    grep -E "${ONLY:-.}" <<< "$lines" | at_once 7
 }
 untimed() { exec 9> "$out/turn" && flock --shared 9; } # until this part ends, nothing is timed
 tests() {
@@ -51,6 +52,7 @@ resumed() {
 }
 compiled() { recipes; }
 graphs() { TORCHINDUCTOR_CUDAGRAPHS=1 recipes; }
+one_group() { ONLY=c3semiseg recipes --group-size 16; }
 bf16() { recipes --precision bf16 --no-compile; }
 fp32() { recipes --precision fp32 --no-compile; }
 precision() {
@@ -65,9 +67,9 @@ part() { # runs part $1 for at most $2 seconds
     timeout -k 5 $(($2 * patience)) bash -c "$1" > "$out/$1.txt" 2>&1
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" $? $((SECONDS - start)) | tee -a "$out/parts.tsv"
 }
-export -f at_once recipes untimed compiled graphs tests cli resumed bf16 fp32 precision streets camvid
+export -f at_once recipes untimed compiled graphs one_group tests cli resumed bf16 fp32 precision streets camvid
 printf 'part\tlimit\tstatus\tseconds\n' > "$out/parts.tsv"
 part compiled 240 & part tests 100; part cli 90; wait # at most 240 s; the others 290 s
-part bf16 50; part fp32 50; part precision 25; part camvid 90; part streets 75; part graphs 240
+part bf16 50; part fp32 50; part precision 25; part camvid 90; part streets 75; part graphs 240; part one_group 120
 "$PYTHON" benchmarks/table.py "$out" | tee "$out/tables.md"
 awk -F '\t' 'NR > 1 && $3 { exit 1 }' "$out/parts.tsv"

@@ -16,7 +16,7 @@ from conftest import METHODS, ROOT
 )
 def test_the_dry_run_measures_recipes(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable, "CAMVID": str(tmp_path / "none")}
-    environment["ONLY"] = "c3semiseg.*cityscapes$|camvid|streets"
+    environment["ONLY"] = "c3semiseg|camvid|streets"
     program = [ROOT / "benchmarks/gpu.sh", tmp_path, "--dry", "fp32"]
     subprocess.run(program, check=True, capture_output=True, env=environment)
     (entry,) = (tmp_path / "parts.tsv").read_text().splitlines()[1:]

@@ -145,6 +145,8 @@ def test_each_view_of_each_group_has_colours_of_its_own():
     targets = c3semiseg.label_groups(recipe, teacher, regions, {0: image, 3: image}, seed)
     views = torch.stack([*seen, targets[0][0], targets[3][0]])
     assert (views[:, None] - views).abs().amax((3, 4, 5)).eq(0).sum() == 8  # each equals itself
+    colors = c3semiseg.color_view(recipe, "jitter", [seed(0, "student")], image)
+    assert torch.equal(targets[0][0], colors) and (targets[0][2] == 255).any()
 
 
 # ---- Losses (equations 1, 2, 3 and 5) ----
