@@ -326,8 +326,8 @@ def warp_grid(matrix: Tensor, size: tuple) -> Tensor:
     inverse = torch.linalg.inv_ex(matrix)[0]  # inv would wait for the device
     rows, columns = (torch.arange(n, device=matrix.device) + 0.5 - n / 2 for n in size)
     y, x = torch.meshgrid(rows, columns, indexing="ij")  # pixels from the centre
-    place = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1)  # (H*W,3)
-    source = (place @ inverse.transpose(1, 2)).unflatten(1, tuple(size))  # (B,H,W,3)
+    points = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1)  # (H*W,3)
+    source = (points @ inverse.transpose(1, 2)).unflatten(1, tuple(size))  # (B,H,W,3)
     return torch.stack([source[..., 0] * 2 / size[1], source[..., 1] * 2 / size[0]], -1)
 
 

@@ -65,15 +65,15 @@ def _rotate_crop(degrees: int, crop, color: Tensor, image: Tensor, label: Tensor
     angle = math.radians(torch.randint(-degrees, degrees + 1, ()).item())
     height, width = label.shape
     y, x = (torch.arange(n) - (n - 1) / 2 for n in label.shape)  # from the centre
-    place = [tv_tensors.Image(v.unsqueeze(0)) for v in torch.meshgrid(x, y, indexing="xy")]
+    source = [tv_tensors.Image(v.unsqueeze(0)) for v in torch.meshgrid(x, y, indexing="xy")]
     far = height + width  # outside of the image: in padding
     if crop is not None:
-        place = v2.RandomCrop(crop, pad_if_needed=True, fill=far)(place)
+        source = v2.RandomCrop(crop, pad_if_needed=True, fill=far)(source)
     matrix = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     matrix = matrix / torch.tensor([width / 2, height / 2])
-    grid = torch.cat(place).movedim(0, -1).unsqueeze(0) @ matrix  # as grid_sample has it
+    grid = torch.cat(source).movedim(0, -1).unsqueeze(0) @ matrix  # as grid_sample has it
     image = F.grid_sample(image.unsqueeze(0).float(), grid, align_corners=False)[0]
-    image = torch.where(place[0] == far, color, image.round().byte())
+    image = torch.where(source[0] == far, color, image.round().byte())
     shifted = label.view(1, 1, height, width).float() - 255  # grid_sample puts 0 outside: void
     label = F.grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + 255
     return _as_tv_tensors(image, label.byte())

@@ -73,10 +73,10 @@ ORDER = 3 * [blend] + [turn_hue] + 3 * [blend] + [look_up, sharpen, stretch, equ
 
 def recolor(image: Tensor, changes: list[list[tuple]]) -> Tensor:
     """Does the changes of each image in their order: float (B,3,H,W), 0-255 -> same."""
-    left, rounds, images = [list(own) for own in changes], [], dict(enumerate(image))
+    left, rounds, images = [list(todo) for todo in changes], [], dict(enumerate(image))
     while any(left):
         for change in ORDER:  # take all images whose next operation is this one
-            chosen = [k for k, own in enumerate(left) if own and own[0][0] is change]
+            chosen = [k for k, todo in enumerate(left) if todo and todo[0][0] is change]
             if chosen:
                 rounds.append((change, chosen, [left[k].pop(0)[1] for k in chosen]))
     table = torch.tensor([x for *_, rows in rounds for row in rows for x in row]).float()

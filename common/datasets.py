@@ -208,8 +208,8 @@ def _find(train: Images, lines: list[str], flag: str) -> list[int]:
     for index, (image, _) in enumerate(train.files):
         name = train.names[index]
         exact[name] = exact[name + image.suffix] = {index}
-        for part in (image.stem, Path(name).name):
-            short[part].add(index)
+        for short_name in (image.stem, Path(name).name):
+            short[short_name].add(index)
     known, labeled = short | exact, set()
     for line in lines:
         columns = (line, line.split()[0])  # a name may hold a blank

@@ -24,11 +24,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, *, decay: float, buff
     averaged = list(zip(teacher.parameters(), student.parameters(), strict=True))
     copied = []
     if buffers != "keep":
-        for own, other in zip(teacher.buffers(), student.buffers(), strict=True):
-            average = buffers == "average" and own.is_floating_point()
-            (averaged if average else copied).append((own, other))
-    own, other = map(list, zip(*averaged, strict=True))
-    torch._foreach_lerp_(own, other, 1 - decay)
-    for dtype in {own.dtype for own, _ in copied}:  # mixed types are copied one by one
-        own, other = zip(*(pair for pair in copied if pair[0].dtype == dtype), strict=True)
-        torch._foreach_copy_(own, other)
+        for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
+            average = buffers == "average" and old.is_floating_point()
+            (averaged if average else copied).append((old, new))
+    old, new = map(list, zip(*averaged, strict=True))
+    torch._foreach_lerp_(old, new, 1 - decay)
+    for dtype in {old.dtype for old, _ in copied}:  # mixed types are copied one by one
+        old, new = zip(*(pair for pair in copied if pair[0].dtype == dtype), strict=True)
+        torch._foreach_copy_(old, new)

@@ -51,8 +51,8 @@ def segment(network: nn.Module, image: Tensor, size, crop=None) -> Tensor:
         logits = _mean_logits(network, image, *crop)
     best = logits.new_full((len(image), *size), -math.inf)
     label = torch.zeros_like(best, dtype=torch.uint8)
-    for k, part in enumerate(logits.split(1, dim=1)):
-        value = F.interpolate(part, size, mode="bilinear", align_corners=True)[:, 0]
+    for k, logit in enumerate(logits.split(1, dim=1)):
+        value = F.interpolate(logit, size, mode="bilinear", align_corners=True)[:, 0]
         label.masked_fill_(value > best, k)
         torch.maximum(best, value, out=best)
     return label
@@ -80,7 +80,7 @@ def evaluate(networks: dict, images: Images, num_classes: int, args: Namespace) 
 
     Predictions are compared at the resolution of the labels. Networks keep their modes.
     """
-    pixels = max(part.shape[-2:].numel() for part in images[0])
+    pixels = max(tensor.shape[-2:].numel() for tensor in images[0])
     batch_size = max(1, min(8, 2**22 // pixels)) if images.same_size else 1
     batches = loader(images, args.workers, batch_size=batch_size)
     modes = {name: network.training for name, network in networks.items()}
@@ -119,16 +119,16 @@ def iou_table(scores: dict[str, dict], class_names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def predict(network: nn.Module, path: Path, input_size, device, *, keep_aspect=False, crop=None):
+def predict(network: nn.Module, path: Path, input_size, args: Namespace):
     """Reads a picture and resizes it to input_size; returns it and its classes, (H,W) uint8."""
     picture = read_image(path, ImageOps.exif_transpose)
-    own = picture.height, picture.width
-    if keep_aspect and input_size is not None:
-        scale = (math.prod(input_size) / math.prod(own)) ** 0.5
-        input_size = [max(8, round(scale * n)) for n in own]
-    input_size = input_size or own
-    image = TF.pil_to_tensor(TF.resize(picture, input_size))[None].to(device).float().div_(255)
-    return picture, segment(network.eval(), image, own, crop)[0].cpu().numpy()
+    full_size = picture.height, picture.width
+    if args.keep_aspect and input_size is not None:
+        scale = (math.prod(input_size) / math.prod(full_size)) ** 0.5
+        input_size = [max(8, round(scale * n)) for n in full_size]
+    image = TF.pil_to_tensor(TF.resize(picture, input_size or full_size))[None]
+    image = image.to(args.device).float().div_(255)
+    return picture, segment(network.eval(), image, full_size, args.eval_crop)[0].cpu().numpy()
 
 
 def load_state(parts: dict, checkpoint: dict) -> None:
@@ -193,10 +193,10 @@ def predict_pictures(recipe, args: Namespace, network: Callable) -> None:
     palette, names = args.checkpoint["palette"], args.checkpoint["class_names"]
     legend = pictures.legend(names, palette, 480, 16)
     write(folder / "legend.png", partial(legend.save, format="PNG"))
-    failed, how = False, {"keep_aspect": args.keep_aspect, "crop": args.eval_crop}
+    failed = False
     for path in paths:
         try:
-            picture, prediction = predict(headline, path, recipe.size, args.device, **how)
+            picture, prediction = predict(headline, path, recipe.size, args)
         except InputError as error:
             print(f"{args.method}.py: {error}", file=sys.stderr)
             failed = True

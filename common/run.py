@@ -93,7 +93,7 @@ class Session:
         self.recipe, self.args, self.data, self.split, self.state = recipe, args, data, split, state
         self.headline, self.folder, self.first = headline, args.output_dir, args.rank == 0
         self.last, self.partial = self.folder / "last.pt", self.folder / "last.pt.partial"
-        self.how = f"; continue with --resume {shlex.quote(str(self.last))}"
+        self.hint = f"; continue with --resume {shlex.quote(str(self.last))}"
         self.names = [data.train.names[index] for index in split[0]]
         self.networks = {name: state[name] for name in ("student", "teacher")}
         self.part, self.images = data.scored(args.evaluate_split)
@@ -132,9 +132,9 @@ class Session:
 
     def batches(self, indices: list[int], transform: Callable, *, stream: int, start: int):
         """Yields this rank's micro-batches from batch `start` on. Each stream has its own order."""
-        args, own, size = self.args, self.micro_batches, self.recipe.batch_size
-        rest = (args.ranks * len(own), args.seed, stream)
-        drawn = MicroBatches(self.data.train, indices, transform, size, own, *rest)
+        args, micro_batches, size = self.args, self.micro_batches, self.recipe.batch_size
+        rest = (args.ranks * len(micro_batches), args.seed, stream)
+        drawn = MicroBatches(self.data.train, indices, transform, size, micro_batches, *rest)
         return endless(drawn, start, args.workers, args.device)
 
     def log(self, values: dict[str, Tensor]) -> None:
@@ -163,7 +163,7 @@ class Session:
             self._save(done)
         if number > 1 and done < last:
             ranks.leave()
-            raise KeyboardInterrupt(number, f" after iteration {done}{self.how}")
+            raise KeyboardInterrupt(number, f" after iteration {done}{self.hint}")
         if self.first and self.terminal and done < last and time.perf_counter() > self.shown + 1:
             means = (f"{k} {v / n:.3g}" for k, (v, n) in self.sums.items())
             score = "" if self.miou is None else f"{self.headline} {100 * self.miou:.1f}% mIoU"
@@ -186,7 +186,7 @@ class Session:
         self.signal = number if number in SIGNALS else self.signal
         late = waiting and time.monotonic() - waiting[0] > PATIENCE
         if late or (again and not self.partial.exists()):
-            raise KeyboardInterrupt(self.signal, self.how if self.last.exists() else "")
+            raise KeyboardInterrupt(self.signal, self.hint if self.last.exists() else "")
         if ALARM not in SIGNALS:
             signal.alarm(1)  # calls this again
 
@@ -209,10 +209,10 @@ class Session:
         self.partial.unlink(missing_ok=True)  # of a killed run
         # A killed run repeats the steps after its checkpoint, so the log is cut back to there.
         # A log without this run's checkpoint belongs to another run and is emptied.
-        own = self.start and args.checkpoint["path"].parent.resolve() == self.folder.resolve()
-        kept = log.read_bytes()[: args.checkpoint["logged"]] if own and log.exists() else b""
+        continued = self.start and args.checkpoint["path"].parent.resolve() == self.folder.resolve()
+        kept = log.read_bytes()[: args.checkpoint["logged"]] if continued and log.exists() else b""
         cache.write(log, lambda file: file.write(kept))
-        if not own or not config.exists():
+        if not continued or not config.exists():
             names = "".join(f"{name}\n" for name in self.names).encode("utf-8", "surrogateescape")
             cache.write(config, lambda file: file.write(json.dumps(self.config, indent=1).encode()))
             cache.write(self.folder / "split.txt", lambda file: file.write(names))

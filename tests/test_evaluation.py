@@ -91,7 +91,8 @@ def test_predict_at_any_size_equals_plain_upsampling(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # the photograph lies on its side
     Image.fromarray(np.rot90(pixels)).save(tmp_path / "a.png", exif=exif)
-    picture, prediction = predict(Reader(11), tmp_path / "a.png", (60, 80), CPU, keep_aspect=True)
+    args = Namespace(**vars(ARGS), keep_aspect=True)
+    picture, prediction = predict(Reader(11), tmp_path / "a.png", (60, 80), args)
     scale = (60 * 80 / (300 * 47)) ** 0.5
     resized = picture.resize((round(47 * scale), round(300 * scale)), Image.Resampling.BILINEAR)
     image = torch.from_numpy(np.array(resized)).movedim(2, 0)[None].float() / 255
