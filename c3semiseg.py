@@ -26,7 +26,7 @@ of pixels of both sets are pulled together within a class and pushed apart betwe
     labeled keys, eq. 5 the teacher's       the student's       the student's
     keys are detached   -                   unless labeled only as the code
     logits, D_U alone   -                   nearest pixel       bilinear
-    P_i contains i      -                   no                  no
+    i is in P_i         -                   no                  no
     mixed, contrasted   the batch           a GPU's 4 + 4       a group (4)     --group-size
     few of a class      -                   20 or fewer: none   as the code
     road in eq. 5       yes                 no                  yes             --no-contrast-road
@@ -116,7 +116,7 @@ class Recipe:
     hard_sampling: bool = True  # sample half of them among wrong ones (3.3; S of table 4)
     temperature: Positive = 0.15  # tau
     embedding: Count = 256  # channels of the projection head
-    keep: Share = 0.8  # s, share of each class that is confident; 1: all pixels (table 7)
+    keep: Share = 0.8  # s, share of a class above its quantile; 1: all pixels (table 7)
     threshold_momentum: Share = 0.9  # beta, momentum of the thresholds
     initial_threshold: Share = 0.9  # threshold of every class at the start (code)
     layers: tuple[Count, Count, Count, Count] = (3, 4, 23, 3)  # blocks in a stage: ResNet-101
@@ -136,7 +136,7 @@ FOLDER = Recipe(size=None, scales=BDD100K["scales"], crop=(320, 320))
 # folder scale their images as bdd100k.
 RECIPES = {
     "cityscapes": Recipe(),
-    # 16 images on 4 GPUs (4.1), read as 2 + 2 on each. Ten epochs have 500 steps each.
+    # 16 images on 4 GPUs (4.1), read as 2 + 2 on each. Warm-up: ten epochs of 500 steps.
     "bdd100k": Recipe(**BDD100K, batch_size=8, group_size=2, iterations=20_000, warmup=5_000),
     "camvid": Recipe(size=(360, 480), crop=None),
     "voc": FOLDER,
@@ -334,7 +334,7 @@ class ConfidentRegions(nn.Module):
         num_classes = len(self.thresholds)
         label = pseudo_label.flatten().clamp(max=num_classes)
         falling, order = confidence.flatten().sort(descending=True)
-        # Places in falling, class by class: confidences fall within a class. Bytes sort fast.
+        # Indices into falling, class by class, still falling in each. Bytes sort fast.
         by_class = label.byte()[order].argsort(stable=True)
         count = torch.zeros(num_classes + 1, dtype=torch.int64, device=label.device)
         count = count.scatter_add(0, label, torch.ones_like(label))

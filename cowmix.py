@@ -26,7 +26,7 @@ those of a Friesian cow.
     mirror and scale    -                yes                  no (4)        --flip --scale-range
     Cityscapes          DeepLab: whole   crops, 4 a batch     whole images  --crop 256 512
     epochs of CowOut    300 (D.3.3: 100) -                    300           --iterations 36700
-    confidence of ICT   -                blend of maxima      of the blend
+    confidence of ICT   -                blended maxima       maximum of blend
     blend of ICT        -                Beta(0.1, 0.1)       Beta          --ict-alpha
     teacher             -                in train mode (3)    in train mode
     evaluated           -                teacher              both; the teacher is the headline
@@ -75,7 +75,7 @@ from common.flags import Count, Positive, Share
 Perturbation = Literal["cowmix", "cowout", "cutmix", "cutout", "ict", "aug"]
 MIXING = ("cowmix", "cutmix", "ict")  # the perturbations that mix two images
 CAMVID = 367  # training images (4.2); one epoch at batch size 1
-# On CamVid (table 1); aug and cutmix failed to converge in longer training.
+# On CamVid (table 1); aug and cutmix failed to converge later.
 EPOCHS = {"cowmix": 300, "cowout": 300, "cutout": 300, "ict": 300, "aug": 50, "cutmix": 100}
 
 
@@ -91,7 +91,7 @@ class Recipe:
     flip: bool = False  # mirror images at random (code)
     batch_size: Count = 1  # labeled images in a step, and as many unlabeled ones or pairs (D.3.1)
     iterations: Count = EPOCHS["cowmix"] * CAMVID  # training steps
-    lr: float = 1e-4  # learning rate of Adam (D.3.1); 1e-5 for deeplab (D.3.2)
+    lr: float = 1e-4  # learning rate of Adam (D.3.1); the paper's deeplab: 1e-5 (D.3.2)
     lr_power: float = 0.0  # lr is multiplied by (1 - iteration / iterations) ** lr_power (ours)
     head_factor: float = 1.0  # learning rate of decoder or classifiers, as a multiple of lr (code)
     ema_decay: Share = 0.99  # alpha, decay of the teacher (D.3.1)
