@@ -349,7 +349,7 @@ def recolor(image: Tensor, *, brightness: float, contrast: float, generator=None
     return (image * contrast ** normal[0] + brightness * normal[1]).clamp(0, 1)
 
 
-def aug_loss(student, teacher, image, matrix_a, matrix_b, color, fill, valid, *, threshold):
+def aug_loss(student, teacher, image, matrix_a, matrix_b, color, *, fill, valid, threshold):
     """Section D.1.1: (B,3,H,W), (B,3,3) twice, (3,1,1), bool (B,H,W) -> scalar, details.
 
     color(image) recolors anew at each call. The student sees the image warped by A, the teacher by
@@ -468,8 +468,8 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
     if kind == "aug":
         matrix_a, color = draw_aug(recipe, batch, generator)
         matrix_b, _ = draw_aug(recipe, batch, generator)  # color draws anew at each call
-        given = image_a, matrix_a, matrix_b, color, fill, valid_a
-        return aug_loss(student, teacher, *given, threshold=threshold)
+        given = image_a, matrix_a, matrix_b, color
+        return aug_loss(student, teacher, *given, fill=fill, valid=valid_a, threshold=threshold)
     shown = image_a, image_b
     if recipe.color_jitter:
         shown = jitter(seed("color"), torch.cat(shown)).chunk(2)
