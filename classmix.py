@@ -28,8 +28,8 @@ and the loss is weighted by the share of pixels of which the teacher is confiden
 
 (1) Not mirrored; one of 12 scales of 0.5-1.6, not antialiased; padded right and below; shown as RGB
 to weights that expect BGR; scored on images padded to 505x505. (2) On Cityscapes, the means of RGB
-are subtracted from BGR: use the flag with the authors' weights. (3) Changes only its score.
-(4) torchvision's. On Cityscapes the code reports the best score of a run; ours is the last one.
+are subtracted from BGR: use the flag with the authors' weights. (3) Only the teacher's score
+differs. (4) torchvision's. On Cityscapes the code reports a run's best score, ours the last one.
 
     python classmix.py --dataset cityscapes --data-dir data/cityscapes --labeled 0.125
 

@@ -488,7 +488,8 @@ def unlabeled_loss(recipe: Recipe, student, teacher, fill, a: tuple, b: tuple, *
         drawn, valid = {"mask_b": mask}, mix(mask, valid_b, valid_a)
 
         def combine(x: Tensor, y: Tensor) -> Tensor:
-            return mix(mask, y, x)  # (1 - M) x + M y (3.3)
+            """The paper's mix(x, y, M) = (1 - M) x + M y (3.3)."""
+            return mix(mask, y, x)
 
     given = image_a, image_b, combine, valid
     loss, details = mixing_loss(student, teacher, *given, threshold=threshold, shown=shown)

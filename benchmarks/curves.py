@@ -1,6 +1,7 @@
 """Draws the mIoU of several runs into one picture, over steps or over the number of labels.
 
-    python benchmarks/curves.py results/camvid/{supervised,c*mix,c3semiseg}_s? --out curves.png
+    python benchmarks/curves.py results/camvid/{supervised,c*mix,c3semiseg}_s? \\
+        --out results/camvid/curves.png
     python benchmarks/curves.py results/streets/*_s0 --labels --out results/streets/labels.png
 
 Runs whose folders differ only in the seed (_s0, _s1, ...) make one line: the mean, with a band of

@@ -456,6 +456,9 @@ def test_an_older_checkpoint_gets_the_preset_s_value(trained, capsys):
     assert parse("--resume", last)[0].warmup == classmix.RECIPES["camvid"].warmup == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {last}: ") and "used for them: --warmup 0" in line
+    assert parse("--evaluate", last)[1].data_dir is not None
+    change(last, "args/dataset", "streets")  # which took a --data-dir and ignored it
+    assert parse("--evaluate", last)[1].data_dir is None
 
 
 def test_a_resume_that_is_killed_before_it_logs(command, trained, monkeypatch):
