@@ -10,7 +10,7 @@
 #     bf16, fp32 speed of the recipes, not compiled; precision: losses of ClassMix in both
 #     camvid     the runs of camvid.sh that end in time, from data/camvid; streets: those of streets.sh
 # and, only when they are named, experiments:
-#     graphs     as compiled, with CUDA graphs
+#     graphs, combo, cpp  as compiled, with CUDA graphs, merged kernels, or launches from C++
 #     one_group  C3-SemiSeg with all images in one group: fewer kernels, but another loss
 # Environment: PYTHON (default python), CAMVID (folder of CamVid, default data/camvid), ONLY (a pattern
 # of the recipes to be timed).
@@ -51,7 +51,9 @@ resumed() {
     kill -TERM $! && ! wait $! && "$PYTHON" "$1.py" --resume "$last" --save-every 400
 }
 compiled() { recipes; }
-graphs() { TORCHINDUCTOR_CUDAGRAPHS=1 recipes; }
+graphs() { recipes --inductor triton.cudagraphs; }
+combo() { recipes --inductor combo_kernels; }
+cpp() { recipes --inductor cpp_wrapper; }
 one_group() { ONLY=c3semiseg recipes --group-size 16; }
 bf16() { recipes --precision bf16 --no-compile; }
 fp32() { recipes --precision fp32 --no-compile; }
@@ -67,9 +69,10 @@ part() { # runs part $1 for at most $2 seconds
     timeout -k 5 $(($2 * patience)) bash -c "$1" > "$out/$1.txt" 2>&1
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" $? $((SECONDS - start)) | tee -a "$out/parts.tsv"
 }
-export -f at_once recipes untimed compiled graphs one_group tests cli resumed bf16 fp32 precision streets camvid
+export -f at_once recipes untimed compiled graphs combo cpp one_group tests cli resumed bf16 fp32 precision streets camvid
 printf 'part\tlimit\tstatus\tseconds\n' > "$out/parts.tsv"
 part compiled 240 & part tests 100; part cli 90; wait # at most 240 s; the others 290 s
-part bf16 50; part fp32 50; part precision 25; part camvid 90; part streets 75; part graphs 240; part one_group 120
+part bf16 50; part fp32 50; part precision 25; part camvid 90; part streets 75; part graphs 240
+part combo 240; part cpp 240; part one_group 120
 "$PYTHON" benchmarks/table.py "$out" | tee "$out/tables.md"
 awk -F '\t' 'NR > 1 && $3 { exit 1 }' "$out/parts.tsv"

@@ -12,8 +12,10 @@ With --data the method's own loaders read it, and the time spent waiting for the
 The first step counts FLOP (of convolutions and matrix products, uncompiled), two more compile and
 warm up, --steps steps are timed without a wait between them, and a last one is profiled. "share" is
 the step's FLOP/s as a share of a large matrix product's in the same process and number format;
-fp32 allows TF32 in the product where cuDNN allows it in convolutions. On a CPU, GiB is the peak of
-the process, and operators are counted instead of kernels.
+fp32 allows TF32 in the product where cuDNN allows it in convolutions. "busy ms" is the time that
+the kernels of the profiled step take: where it is far below "ms", the GPU waits for launches. The
+kernels that take longest are printed. On a CPU, GiB is the peak of the process, and operators are
+counted instead of kernels.
 """
 
 import argparse
@@ -25,13 +27,15 @@ import resource
 import statistics
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -121,6 +125,7 @@ class TimedSession(run.Session):
             self.profile.__exit__(None, None, None)
             if self.first:
                 self._report()
+        torch.compiler.cudagraph_mark_step_begin()  # a CUDA graph may overwrite its last outputs
 
     def _start_timing(self) -> None:
         """Waits until no process that shares --turn prepares or times its steps."""
@@ -135,17 +140,24 @@ class TimedSession(run.Session):
         if self.cuda:
             torch.cuda.synchronize()
 
-    def _profiled(self) -> tuple[int, int | None]:
+    def _profiled(self) -> dict:
         """Counts kernels (on a CPU operators) and waits for the device in the profiled step."""
         events = self.profile.events()
         end = next(event.time_range.start for event in events if event.name == END)
         names = [event.name for event in events if event.time_range.start < end]
         if not self.cuda:
-            return sum(name.startswith("aten::") for name in names), None
+            return {"kernels": sum(name.startswith("aten::") for name in names), "waits": None}
         on_device = [event for event in events if event.device_type == DeviceType.CUDA]
-        kernels = [event for event in on_device if not event.is_user_annotation]
-        kernels = [event for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]
-        return len(kernels), sum(name in WAITS for name in names)
+        kernels, ms = 0, defaultdict(list)
+        for event in on_device:
+            if not event.is_user_annotation:
+                ms[event.name].append(event.time_range.elapsed_us() / 1000)
+                kernels += not event.name.startswith(("Memcpy", "Memset"))
+        longest = sorted(ms.items(), key=lambda item: -sum(item[1]))[:25]
+        lines = (f"{sum(times):9.3f} ms {len(times):5} x {name[:120]}" for name, times in longest)
+        print("\n".join(lines))
+        busy = sum(map(sum, ms.values()))
+        return {"kernels": kernels, "busy ms": busy, "waits": sum(name in WAITS for name in names)}
 
     def _report(self) -> None:
         args, recipe, steps = self.args, self.recipe, self.options.steps
@@ -153,10 +165,9 @@ class TimedSession(run.Session):
         ms = [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairs]
         middle, tflop = statistics.median(ms), self.counter.get_total_flops() / 1e12
         speed, product = 1000 * tflop / middle, product_speed(args.device, args.precision)
-        kernels, waits = self._profiled()
         result = {
             **{name: vars(args)[name] for name in ("method", "dataset", "precision", "compile")},
-            "graphs": args.compile and os.environ.get("TORCHINDUCTOR_CUDAGRAPHS") == "1",
+            "inductor": " ".join(self.options.inductor),
             "network": getattr(recipe, "network", "deeplab"),
             "group": getattr(recipe, "group_size", None),
             "images": args.ranks * self.drawn // (steps + 1),  # the profiled step draws, too
@@ -166,7 +177,8 @@ class TimedSession(run.Session):
             **{"ms": middle, "ms_least": min(ms), "ms_most": max(ms)},
             **{"TFLOP": tflop, "TFLOP/s": speed, "product TFLOP/s": product},
             **{"share %": 100 * speed / product, "GiB": self.gib},
-            **{"kernels": kernels, "waits": waits, "data %": self.percent_waited},
+            **self._profiled(),
+            "data %": self.percent_waited,
         }
         print(", ".join(f"{name} {_text(value)}" for name, value in result.items()), flush=True)
         if self.options.json:
@@ -198,6 +210,8 @@ def main() -> None:
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--steps", type=int, default=3, help="number of timed steps (default: 3)")
     parser.add_argument("--data", action="store_true", help="read the data set")
+    more = {"action": "append", "default": [], "metavar": "OPTION"}
+    parser.add_argument("--inductor", **more, help="turn on an option of the compiler")
     parser.add_argument("--json", help="add the result to this file, as one line")
     parser.add_argument("--turn", help="processes that share this file take turns at timed steps")
     options, flags = parser.parse_known_args()
@@ -215,7 +229,12 @@ def main() -> None:
         method.train(recipe, args, make_session=partial(TimedSession, options))
 
     preset = getattr(method, "preset", None)
-    with patch.multiple(method, **stubs), patch.object(sys, "argv", [method.__file__, *flags]):
+    inductor = partialmethod(nn.Module.compile, options=dict.fromkeys(options.inductor, True))
+    with (
+        patch.multiple(method, **stubs),
+        patch.object(nn.Module, "compile", inductor),
+        patch.object(sys, "argv", [method.__file__, *flags]),
+    ):
         run.main(options.method, method.__doc__, method.RECIPES, method.network, train, preset)
 
 

@@ -4,7 +4,8 @@
     python benchmarks/table.py camvid_classes  IoU of each class, mean of the seeds
     python benchmarks/table.py streets         rendered streets: the four methods
     python benchmarks/table.py streets_rows    and the rows of the papers' tables
-    python benchmarks/table.py results/gpu
+    python benchmarks/table.py gpu             milliseconds, kernels and memory of a step
+    python benchmarks/table.py FOLDER          what gpu.sh has written
 
 A run is scored by the network that its paper reports. Cells with (n) are means over n seeds with
 standard deviations; a gain is the mean of the differences to the baseline of the same seed.
@@ -67,12 +68,20 @@ STREETS = (
     ("without contrast and mixing", "c3semiseg_no-mixing", "c3semiseg_supervised", "5.0"),
     ("without contrast, intra-set", "c3semiseg_intra", "c3semiseg_supervised", "6.7"),
 )
+GPU = (
+    ("ClassMix, Cityscapes", "classmix", "cityscapes"),
+    ("ClassMix, VOC", "classmix", "voc"),
+    ("CowMix, CamVid, U-Net", "cowmix", "camvid"),
+    ("CowMix, VOC, DeepLab", "cowmix", "voc"),
+    ("C3-SemiSeg, Cityscapes", "c3semiseg", "cityscapes"),
+)
 METHODS = ("classmix", "complexmix", "cowmix", "c3semiseg")
 SHORT = [row for row in STREETS if row[1] in METHODS or row[0].startswith("supervised")]
 TABLES = {"camvid": CAMVID, "streets": SHORT, "streets_rows": STREETS}
 RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parents[1] / "results"))
 SPEED = ("method", "dataset", "network", "size", "images", "group", "precision", "compile")
-SPEED += ("graphs", "ms", "TFLOP", "TFLOP/s", "share %", "GiB", "kernels", "waits", "data %")
+SPEED += ("inductor", "ms", "busy ms", "TFLOP", "TFLOP/s", "share %", "GiB", "kernels", "waits")
+SPEED += ("data %",)
 
 
 def read_scores(folder: Path) -> dict:
@@ -130,6 +139,21 @@ def print_classes() -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
+def print_gpu() -> None:
+    """Prints the milliseconds of a step; kernels and GiB are those of the compiled one."""
+    print("| recipe | floor (computed) | float32 | bfloat16 | compiled | kernels | GiB |")
+    print("|---|---|---|---|---|---|---|")
+    rows = read_lines(RESULTS / "gpu/speed.jsonl")
+    for title, *names in GPU:
+        found = [row for row in rows if [row[key] for key in ("method", "dataset")] == names]
+        steps = {(row["precision"], row["compile"]): row for row in found}
+        compiled, others = steps["bf16", True], (steps["fp32", False], steps["bf16", False])
+        floor = 1000 * compiled["TFLOP"] / 700  # a large product reaches about 700 TFLOP/s
+        cells = [f"{floor:.2g}", *(f"{step['ms']:.0f}" for step in (*others, compiled))]
+        cells += [f"{compiled['kernels']:,}", f"{compiled['GiB']:.1f}"]
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
 def print_speed(path: Path) -> None:
     """Prints the lines that speed.py has written."""
     print(f"\n| {' | '.join(SPEED)} |\n{'|---' * len(SPEED)}|")
@@ -158,19 +182,20 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "what", help="camvid, camvid_classes, streets, streets_rows or a folder of gpu.sh"
+        "what", help="camvid, camvid_classes, streets, streets_rows, gpu or a folder of gpu.sh"
     )
     what = parser.parse_args().what
     if what == "camvid_classes":
         print_classes()
-        return
-    if what in TABLES:
+    elif what == "gpu":
+        print_gpu()
+    elif what in TABLES:
         print_results(what)
-        return
-    if not (Path(what) / "speed.jsonl").exists():
+    elif (Path(what) / "speed.jsonl").exists():
+        print_speed(Path(what) / "speed.jsonl")
+        print_precision(Path(what) / "precision")
+    else:
         parser.error(f"{what}: neither a table nor a folder of gpu.sh")
-    print_speed(Path(what) / "speed.jsonl")
-    print_precision(Path(what) / "precision")
 
 
 if __name__ == "__main__":

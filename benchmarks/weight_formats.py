@@ -55,11 +55,10 @@ def rename(state: State, beginnings: dict[str, str]) -> State:
 
 
 def published(num_classes: int, seed: int = 0) -> State:
-    """A small resnet101COCO-41f33a49.pth: its key names, without num_batches_tracked."""
+    """A small resnet101COCO-41f33a49.pth: its key names."""
     torch.manual_seed(seed)
     state = DeepLabV2(num_classes, **SHAPE).state_dict()
-    left_out = ("mean", "std", *(name for name in state if "num_batches" in name))
-    kept = {name: value for name, value in state.items() if name not in left_out}
+    kept = {name: value for name, value in state.items() if name not in ("mean", "std")}
     return randomize(rename(kept, {"classifiers": HEAD}))
 
 

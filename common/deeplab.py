@@ -49,6 +49,9 @@ class SegmentationResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(train_affine)
+                module.num_batches_tracked = (
+                    None  # nothing needs this count, a kernel for each layer
+                )
         self.train()
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ def load_weights(model: SegmentationResNet, source) -> Loaded:
         state = {re.sub(old, new, key): value for key, value in state.items()}
     if expects in (CAFFE, IMAGENET):
         state["mean"], state["std"] = torch.tensor(expects[1:]).view(2, 3, 1, 1)
-    own = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    own = model.state_dict()
     matched = [key for key in own if key in state and state[key].shape == own[key].shape]
     missing = [key for key in own if key not in matched]
     unused = [key for key in state if key not in matched and "num_batches" not in key]

@@ -281,7 +281,6 @@ def test_the_teacher_s_statistics_are_averages(camvid):
     supervised = train(camvid, "--supervised", "--ema-decay", 0.5, "--iterations", 1)
     student, teacher = supervised.state["student"], supervised.state["teacher"]
     torch.testing.assert_close(teacher.bn1.running_mean, 0.5 * student.bn1.running_mean)
-    assert teacher.bn1.num_batches_tracked == student.bn1.num_batches_tracked == 1
 
 
 def test_unlabeled_batches_have_padding_in_place_of_labels(camvid):

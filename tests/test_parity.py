@@ -137,7 +137,7 @@ class Replay:
             self.seen[name].append(torch.as_tensor(value).detach().clone())
 
     def load_weights(self, network, source) -> None:
-        """Loads the recorded initial weights, which lack num_batches_tracked."""
+        """Loads the recorded initial weights."""
         state = {name: torch.from_numpy(array) for name, array in self.init.items()}
         network.load_state_dict(state, strict=False)
 

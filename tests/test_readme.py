@@ -135,7 +135,7 @@ def test_example_trains_student_and_teacher(method, capsys):
     assert capsys.readouterr().out.count("loss_l") == 3
 
 
-@pytest.mark.parametrize("name", ["camvid", "camvid_classes", "streets", "streets_rows"])
+@pytest.mark.parametrize("name", ["camvid", "camvid_classes", "streets", "streets_rows", "gpu"])
 def test_tables_are_those_of_the_logs(name):
     program = [sys.executable, ROOT / "benchmarks/table.py", name]
     table = subprocess.run(program, check=True, capture_output=True, text=True).stdout
