@@ -49,9 +49,7 @@ class SegmentationResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(train_affine)
-                module.num_batches_tracked = (
-                    None  # nothing needs this count, a kernel for each layer
-                )
+                module.num_batches_tracked = None  # unused, but a kernel in each step
         self.train()
 
     def normalize(self, image: Tensor) -> Tensor:
