@@ -51,9 +51,9 @@ resumed() {
     kill -TERM $! && ! wait $! && "$PYTHON" "$1.py" --resume "$last" --save-every 400
 }
 compiled() { recipes; }
-graphs() { recipes --inductor triton.cudagraphs; }
-combo() { recipes --inductor combo_kernels; }
-cpp() { recipes --inductor cpp_wrapper; }
+graphs() { recipes --compile --inductor triton.cudagraphs; }
+combo() { recipes --compile --inductor combo_kernels; }
+cpp() { recipes --compile --inductor cpp_wrapper; }
 one_group() { ONLY=c3semiseg recipes --group-size 16; }
 bf16() { recipes --precision bf16 --no-compile; }
 fp32() { recipes --precision fp32 --no-compile; }

@@ -13,9 +13,10 @@ The first step counts FLOP (of convolutions and matrix products, uncompiled), tw
 warm up, --steps steps are timed without a wait between them, and a last one is profiled. "share" is
 the step's FLOP/s as a share of a large matrix product's in the same process and number format;
 fp32 allows TF32 in the product where cuDNN allows it in convolutions. "busy ms" is the time that
-the kernels of the profiled step take: where it is far below "ms", the GPU waits for launches. The
-kernels that take longest are printed. On a CPU, GiB is the peak of the process, and operators are
-counted instead of kernels.
+kernels and copies take in the profiled step: where it is far below "ms", the GPU waits for
+launches. Those that take longest are printed. On a CPU, GiB is the peak of the process, and
+operators are counted instead of kernels. --inductor turns on an option of torch's compiler, such
+as combo_kernels, and can be repeated.
 """
 
 import argparse
@@ -167,7 +168,7 @@ class TimedSession(run.Session):
         speed, product = 1000 * tflop / middle, product_speed(args.device, args.precision)
         result = {
             **{name: vars(args)[name] for name in ("method", "dataset", "precision", "compile")},
-            "inductor": " ".join(self.options.inductor),
+            "inductor": " ".join(self.options.inductor) if args.compile else "",
             "network": getattr(recipe, "network", "deeplab"),
             "group": getattr(recipe, "group_size", None),
             "images": args.ranks * self.drawn // (steps + 1),  # the profiled step draws, too

@@ -49,7 +49,8 @@ class SegmentationResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(train_affine)
-                module.num_batches_tracked = None  # unused, but a kernel in each step
+                module.num_batches_tracked = None  # unused, but a kernel for each layer
+        self.register_load_state_dict_post_hook(_ignore_counts)
         self.train()
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -80,6 +81,11 @@ class SegmentationResNet(nn.Module):
         backbone = [p for name, p in trained if re.match(BACKBONE, name)]
         head = [p for name, p in trained if not re.match(BACKBONE, name)]
         return [{"params": backbone, "lr": lr}, {"params": head, "lr": head_factor * lr}]
+
+
+def _ignore_counts(_, keys) -> None:
+    """Lets state dicts of other networks, and of older versions, hold num_batches_tracked."""
+    keys.unexpected_keys[:] = [key for key in keys.unexpected_keys if "num_batches" not in key]
 
 
 def _stage(in_channels: int, width: int, blocks: int, stride: int, dilation: int, caffe: bool):

@@ -136,8 +136,6 @@ def load_state(parts: dict, checkpoint: dict) -> None:
     for name, part in parts.items():
         try:
             saved, fresh = checkpoint["state"][name], part.state_dict()
-            for key in [key for key in saved if "num_batches" in key]:  # of an older version
-                del saved[key]
             part.load_state_dict(saved)
             keys = () if isinstance(part, nn.Module) else fresh  # a network checks its own keys
             lacking = [key for key in keys if key not in saved and key[0] != "_"]

@@ -57,6 +57,15 @@ def test_batch_norm_modes(batch_norm):
     assert moved == (before.keys() - {"mean", "std"} if batch_norm == "batch" else set())
 
 
+def test_networks_that_count_batches_are_loaded():
+    """Others' networks and older versions do; and torch adds counts to a dict without metadata."""
+    net, state = small(), small().state_dict()
+    for counted in (state | {"bn1.num_batches_tracked": torch.tensor(7)}, dict(state)):
+        net.load_state_dict(counted)
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        net.load_state_dict(state | {"bn1.other": torch.tensor(7)})
+
+
 def test_logits_are_float32():
     net, image = small(), torch.rand(1, 3, 17, 24)
     with torch.autocast("cpu", torch.bfloat16):
