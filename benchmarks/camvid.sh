@@ -38,6 +38,7 @@ END
         echo "$seed cowmix_unet_supervised cowmix --network unet --supervised"
         echo "$seed cowmix_unet cowmix --network unet"
         echo "$seed classmix_long classmix --iterations 12000"
+        echo "$seed complexmix_long complexmix --iterations 12000"
         echo "$seed supervised_long classmix --supervised --iterations 12000"
     done
 } | xargs -P "${1:-2}" -L 1 bash -c 'run "$@"' run

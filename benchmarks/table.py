@@ -28,6 +28,7 @@ CAMVID = (
     ("ComplexMix", "complexmix", "supervised", "7.4"),
     ("supervised, 12,000 steps", "supervised_long", None, ""),
     ("ClassMix, 12,000 steps", "classmix_long", "supervised_long", "6.5"),
+    ("ComplexMix, 12,000 steps", "complexmix_long", "supervised_long", "7.4"),
     ("supervised, U-Net", "cowmix_unet_supervised", None, ""),
     ("CowMix, U-Net", "cowmix_unet", "cowmix_unet_supervised", "6.4"),
     ("supervised (`c3semiseg.py`)", "c3semiseg_supervised", None, ""),
