@@ -49,7 +49,7 @@ class SegmentationResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(train_affine)
-                module.num_batches_tracked = None  # unused, but a kernel for each layer
+                module.num_batches_tracked = None  # nothing uses it; each is a CUDA kernel
         self.register_load_state_dict_post_hook(_ignore_counts)
         self.train()
 

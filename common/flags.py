@@ -122,10 +122,8 @@ def _stored(checkpoint: dict, parser, preset: Callable, values: dict, given: dic
     if missing := [f"--{n.replace('_', '-')} {recipe[n]}" for n in recipe if n not in stored]:
         warn(f"{path}: an older version, which lacks flags; used for them: {', '.join(missing)}")
     values = {**values, **recipe, **stored, "checkpoint": checkpoint}
-    if (
-        given.get("dataset", values["dataset"]) != values["dataset"]
-        or values["dataset"] == "streets"
-    ):
+    dataset = given.get("dataset", values["dataset"])
+    if dataset != values["dataset"] or dataset == "streets":  # which has no folder
         values["data_dir"] = None
     if "resume" not in given:
         return {**values, "precision": None}  # the stored one may not suit this machine
