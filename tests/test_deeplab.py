@@ -58,7 +58,7 @@ def test_batch_norm_modes(batch_norm):
 
 
 def test_networks_that_count_batches_are_loaded():
-    """Others' networks and older versions do; and torch adds counts to a dict without metadata."""
+    """Other networks and older versions do, and torch adds counts to a dict without metadata."""
     net, state = small(), small().state_dict()
     for counted in (state | {"bn1.num_batches_tracked": torch.tensor(7)}, dict(state)):
         net.load_state_dict(counted)
